@@ -1,0 +1,17 @@
+"""Normalizing-flow anomaly detectors for anomalib, with exact likelihoods.
+
+``anomalib fit --model anomalib_csflow.CSFlow`` needs no registration. Importing the package also lets
+``anomalib.models.get_model({"class_path": "anomalib_csflow.CSFlow"})`` and ``anomalib benchmark`` find
+the detectors; it changes nothing for anomalib's own models.
+"""
+
+from importlib.metadata import version
+
+import anomalib.models
+
+from .detectors.cs_flow import CSFlow
+
+__version__ = version("anomalib-csflow")
+__all__ = ["CSFlow"]
+
+anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

@@ -1,0 +1,21 @@
+"""Invertible layers over pyramids: torch and FrEIA only, no images, no anomalib.
+
+Every layer is a FrEIA ``InvertibleModule``. Above FrEIA's contract: inputs and outputs are tuples
+of tensors, finest scale first; the log-det is always a tensor ``(N,)`` in nats, of the direction
+called; sample ``n`` of the output depends on sample ``n`` of the input alone; all that is random
+is a buffer; ``jac=False`` skips the log-det's work.
+"""
+
+from .chain import PyramidFlow
+from .cross_convolution import CrossConvolution
+from .cross_scale import CrossScaleCoupling
+from .permutation import ScalePermutation
+from .standardization import ChannelStandardization
+
+__all__ = [
+    "ChannelStandardization",
+    "CrossConvolution",
+    "CrossScaleCoupling",
+    "PyramidFlow",
+    "ScalePermutation",
+]

@@ -1,0 +1,41 @@
+"""A chain of invertible layers over pyramids."""
+
+from collections.abc import Iterable, Sequence
+
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+
+from .pyramid import Pyramid
+
+
+class PyramidFlow(nn.ModuleList):
+    """Apply layers one after the other, or with ``rev`` their inverses in reverse order.
+
+    FrEIA's ``SequenceINN`` carries one tensor; this carries a tuple of maps.
+
+    Args:
+        layers: invertible layers whose inputs and outputs are pyramids of the same shapes.
+
+    Shape:
+        a tuple of maps to a tuple of maps of the same shapes, and a log-det ``(N,)`` in nats.
+
+    Example:
+        >>> import torch
+        >>> from anomalib_csflow.flows import CrossScaleCoupling, ScalePermutation
+        >>> dims = [(4, 4, 4), (4, 2, 2)]
+        >>> flow = PyramidFlow([ScalePermutation(dims, seed=0), CrossScaleCoupling(dims, hidden_channels=8)])
+        >>> latents, log_det = flow((torch.randn(2, 4, 4, 4), torch.randn(2, 4, 2, 2)))
+        >>> features, log_det_back = flow(latents, rev=True)
+    """
+
+    def __init__(self, layers: Sequence[InvertibleModule]) -> None:
+        super().__init__(layers)
+
+    def forward(self, x_or_z: Iterable[Tensor], rev: bool = False, jac: bool = True) -> tuple[Pyramid, Tensor]:
+        """Transform a pyramid; returns the maps and the summed log-det (zeros if not ``jac``)."""
+        pyramid = tuple(x_or_z)
+        total = pyramid[0].new_zeros(pyramid[0].shape[0])
+        for layer in reversed(self) if rev else self:
+            pyramid, log_det = layer(pyramid, rev=rev, jac=jac)
+            total = total + log_det
+        return pyramid, total

