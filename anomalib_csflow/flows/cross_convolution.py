@@ -29,7 +29,7 @@ class SameConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - 1) // 2)
         self.is_even = kernel_size % 2 == 0
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)``."""
         return super().forward(F.pad(input, (0, 1, 0, 1)) if self.is_even else input)
 
@@ -70,9 +70,7 @@ class CrossConvolution(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Map a pyramid to a pyramid of the same sizes."""
-        hidden = [
-            F.leaky_relu(conv(level), NEGATIVE_SLOPE) for conv, level in zip(self.enter, pyramid, strict=True)
-        ]
+        hidden = [F.leaky_relu(conv(level), NEGATIVE_SLOPE) for conv, level in zip(self.enter, pyramid, strict=True)]
         outputs = [conv(level) for conv, level in zip(self.leave, hidden, strict=True)]
         for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             finer, coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]

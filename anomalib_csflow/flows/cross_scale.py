@@ -120,7 +120,9 @@ class CrossScaleCoupling(InvertibleModule):
         first = tuple((u - t) * (-s).exp() for u, s, t in zip(first, log_scale, shift, strict=True))
         return first, second, log_scale + log_scale_2
 
-    def _log_scale_and_shift(self, conditioner: nn.Module, half: Pyramid, conditions: Pyramid) -> tuple[Pyramid, Pyramid]:
+    def _log_scale_and_shift(
+        self, conditioner: nn.Module, half: Pyramid, conditions: Pyramid
+    ) -> tuple[Pyramid, Pyramid]:
         """Clamped log-scales and shifts of the other half, from one half of every scale."""
         if conditions:
             half = tuple(torch.cat(maps, dim=1) for maps in zip(half, conditions, strict=True))

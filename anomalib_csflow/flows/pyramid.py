@@ -1,6 +1,7 @@
 """What a pyramid of maps is, and the one check that all layers make of it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
         if height < 1 or width < 1:
             msg = f"scale {scale} of the pyramid is empty: its map is {height}x{width}"
             raise ValueError(msg)
-    for scale, (finer, coarser) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for scale, (finer, coarser) in enumerate(pairwise(sizes)):
         if any(c not in {max(f // 2, 1), (f + 1) // 2} for f, c in zip(finer, coarser, strict=True)):
             msg = (
                 f"scale {scale + 1} of the pyramid is {coarser[0]}x{coarser[1]}, which is not half of "

@@ -40,7 +40,7 @@ class ChannelStandardization(InvertibleModule):
         for scale, channels in enumerate(self.channels):
             self.register_buffer(f"mean_{scale}", torch.zeros(channels))
             self.register_buffer(f"log_std_{scale}", torch.zeros(channels))
-        self.register_buffer("is_fitted", torch.tensor(False))
+        self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def fit(self, pyramids: Iterable[Pyramid], floor: float = 1e-3) -> None:
@@ -73,7 +73,7 @@ class ChannelStandardization(InvertibleModule):
             least = floor * variance.mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
             self.get_buffer(f"mean_{scale}").copy_(mean)
             self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
-        self.get_buffer("is_fitted").fill_(True)
+        self.get_buffer("is_fitted").fill_(value=True)
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True

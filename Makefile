@@ -1,0 +1,46 @@
+# make demo    makes the environment, then shows CS-Flow on real textures
+# make check   makes the environment, then passes format, lint, types, doctests and tests
+# make floors  passes the tests with the oldest dependencies that pyproject.toml allows
+# PIP_ARGS goes to pip, for example a mirror or PyTorch's index of CPU builds (see README)
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo check format real-data floors
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m anomalib_csflow.demo demo
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# DATA is a folder with data sets in MVTec AD's layout
+real-data: $(VENV)/.installed
+	$(BIN)/python -m anomalib_csflow.benchmark $(DATA)
+
+floors: requirements/floors.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,offline,demo,dev]'
+	$(VENV)-floors/bin/pytest -n 0
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,dev]'
+	touch $@

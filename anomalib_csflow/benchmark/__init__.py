@@ -1,0 +1,1 @@
+"""Our detectors beside anomalib's own models, on real images, in one table."""

@@ -1,0 +1,218 @@
+"""The demo: a small data set of real textures, CS-Flow on it in anomalib's engine, pictures and a table.
+
+``python -m anomalib_csflow.demo [FOLDER]`` needs no network: the photographs come with scikit-image,
+the backbone's weights with a package.
+"""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import skimage.data
+from anomalib.data import Folder
+from anomalib.deploy import OpenVINOInferencer
+from anomalib.engine import Engine
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from skimage import draw, filters
+
+from anomalib_csflow import CSFlow
+from anomalib_csflow.benchmark import measure
+
+TEXTURES = ("brick", "grass", "gravel")
+CROP = 160  # pixels of the 512 x 512 photographs
+TRAIN_WIDTH = 352  # columns left of this are for training; the others, which it never sees, for the test
+NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
+EPOCHS = 16
+
+Grey = NDArray[np.float64]  # (H, W) in [0, 255]
+Mask = NDArray[np.bool_]
+
+
+# -- the data set -------------------------------------------------------------------------------
+
+
+def scratch(image: Grey, generator: np.random.Generator) -> Mask:
+    """A dark or bright crooked line, three or so pixels wide."""
+    mask = np.zeros(image.shape)
+    y, x = generator.integers(30, CROP - 30, 2)
+    angle = generator.uniform(0, 2 * np.pi)
+    for _ in range(4):
+        angle += generator.normal(0, 0.4)
+        y_next, x_next = (np.clip(v + 18 * f(angle), 4, CROP - 5) for v, f in ((y, np.sin), (x, np.cos)))
+        mask[draw.line(int(y), int(x), int(y_next), int(x_next))] = 1
+        y, x = y_next, x_next
+    return filters.gaussian(mask, 1.5) > 0.06
+
+
+def spot(image: Grey, generator: np.random.Generator) -> Mask:
+    """An ellipse."""
+    mask = np.zeros(image.shape)
+    center, radii = generator.integers(30, CROP - 30, 2), generator.integers(8, 18, 2)
+    mask[draw.ellipse(*center, *radii, shape=image.shape)] = 1
+    return mask > 0
+
+
+def patch(image: Grey, generator: np.random.Generator) -> Mask:
+    """A rectangle."""
+    mask = np.zeros(image.shape)
+    top, left = generator.integers(10, CROP - 60, 2)
+    height, width = generator.integers(24, 50, 2)
+    mask[top : top + height, left : left + width] = 1
+    return mask > 0
+
+
+def damage(image: Grey, other: Grey, kind: int, generator: np.random.Generator) -> tuple[Grey, Mask]:
+    """Put one defect into an image; returns it with the exact mask."""
+    shape = (scratch, spot, patch)[kind]
+    mask = shape(image, generator)
+    if shape is patch:  # cut from another texture and pasted
+        return np.where(mask, other, image), mask
+    level = generator.choice([25.0, 230.0])
+    blend = filters.gaussian(mask.astype(float), 0.7) * 0.85
+    return image * (1 - blend) + level * blend, mask
+
+
+def make_data(root: Path, seed: int = 0) -> None:
+    """Write good and defective crops of the photographs, with masks, in MVTec AD's layout."""
+    generator = np.random.default_rng(seed)
+    photographs = {name: getattr(skimage.data, name)().astype(float) for name in TEXTURES}
+
+    def crop(name: str, left: int, right: int) -> Grey:
+        y = generator.integers(0, 512 - CROP + 1)
+        x = generator.integers(left, right - CROP + 1)
+        view = photographs[name][y : y + CROP, x : x + CROP]
+        return view[:, ::-1] if generator.random() < 0.5 else view
+
+    def save(image: NDArray[np.generic], *parts: str) -> None:
+        path = root.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(path)
+
+    for index, name in enumerate(TEXTURES):
+        other = TEXTURES[(index + 1) % len(TEXTURES)]
+        for number in range(NUM_TRAIN):
+            save(crop(name, 0, TRAIN_WIDTH), name, "train", "good", f"{number:03d}.png")
+        for number in range(NUM_GOOD):
+            save(crop(name, TRAIN_WIDTH, 512), name, "test", "good", f"{number:03d}.png")
+        for number in range(NUM_DEFECTIVE):
+            image, mask = damage(crop(name, TRAIN_WIDTH, 512), crop(other, TRAIN_WIDTH, 512), number % 3, generator)
+            save(image, name, "test", "defective", f"{number:03d}.png")
+            save(mask * 255, name, "ground_truth", "defective", f"{number:03d}.png")
+
+
+def folder(root: Path, name: str) -> Folder:
+    """Anomalib's datamodule of one texture."""
+    return Folder(
+        name=name,
+        root=root / name,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/defective",
+        mask_dir="ground_truth/defective",
+        train_batch_size=16,
+        eval_batch_size=16,
+        num_workers=0,  # the images are small: a process to read them costs more than it saves
+        val_split_mode="same_as_test",
+    )
+
+
+# -- pictures and table -------------------------------------------------------------------------
+
+
+def draw_pictures(name: str, root: Path, inferencer: OpenVINOInferencer, path: Path) -> None:
+    """One row per kind of defect and a good image: image, true mask, heat map, predicted outline."""
+    test = root / name / "test"
+    images = [*sorted((test / "defective").iterdir())[:3], sorted((test / "good").iterdir())[0]]
+    figure, axes = plt.subplots(len(images), 3, figsize=(7.5, 10), layout="constrained")
+    for row, (image_path, kind) in enumerate(zip(images, ("scratch", "spot", "patch", "good"), strict=True)):
+        image = np.asarray(Image.open(image_path))
+        mask_path = root / name / "ground_truth" / "defective" / image_path.name
+        mask = np.asarray(Image.open(mask_path)) if kind != "good" else np.zeros_like(image)
+        prediction = inferencer.predict(str(image_path))
+        heat = np.asarray(prediction.anomaly_map).squeeze()
+        extent = (0, image.shape[1], image.shape[0], 0)
+        axes[row, 0].imshow(image, cmap="gray", extent=extent)
+        axes[row, 1].imshow(mask, cmap="gray", extent=extent, vmin=0, vmax=255)
+        axes[row, 2].imshow(image, cmap="gray", extent=extent)
+        axes[row, 2].imshow(heat, cmap="jet", alpha=0.5, extent=extent, vmin=0, vmax=1)
+        axes[row, 0].set_ylabel(kind, fontsize=12)
+        label = "defective" if bool(np.asarray(prediction.pred_label).squeeze()) else "good"
+        axes[row, 2].set_xlabel(f"{label}, score {float(np.asarray(prediction.pred_score).squeeze()):.2f}")
+    for axis, title in zip(axes[0], ("image", "true mask", "heat map, from OpenVINO"), strict=True):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(f"CS-Flow on {name}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(root: Path, epochs: int = EPOCHS) -> None:
+    """Make the data, fit, test, export, predict, and print the table."""
+    console = Console()
+    console.print(f"[bold]Making the data set[/bold] in {root / 'data'}")
+    make_data(root / "data")
+    table = Table(
+        "texture",
+        *measure.METRICS.values(),
+        "fit, s",
+        "ms per image",
+        title="CS-Flow on EfficientNet-Lite2, 256 pixels",
+    )
+    pictures = []
+    for name in TEXTURES:
+        console.rule(f"[bold]{name}[/bold]: fit, test, export, predict")
+        measure.seeded(0)
+        detector = CSFlow(
+            backbone="tf_efficientnet_lite2",
+            layer="blocks.5",
+            weights="package",
+            image_size=256,
+            num_blocks=2,
+            kernel_sizes=[3, 3],
+            hidden_channels=128,
+            standardize=True,
+            map_mode="mean",
+            lr=3e-3,
+            schedule="one_cycle",
+        )
+        datamodule = folder(root / "data", name)
+        seconds = measure.fit(
+            detector, datamodule, root, max_epochs=epochs, check_val_every_n_epoch=epochs, log_every_n_steps=1
+        )
+        Engine(default_root_dir=root).test(detector, datamodule=datamodule)
+        metrics = measure.evaluate(detector, datamodule, root)
+        images = sorted((root / "data" / name / "test").rglob("*.png"))
+        latency, inferencer = measure.openvino_latency(detector, images, root / "exported" / name)
+        pictures.append(root / f"{name}.png")
+        draw_pictures(name, root / "data", inferencer, pictures[-1])
+        table.add_row(name, *(f"{value:.3f}" for value in metrics.values()), f"{seconds:.0f}", f"{latency:.0f}")
+    console.print(table)
+    console.print(
+        "AUROC and AUPRO are shares of 1; an image's time is its reading and its prediction by OpenVINO, one by one."
+    )
+    console.print("Pictures:", *(str(path) for path in pictures), sep="\n  ")
+    console.print(f"All test images, drawn by anomalib: {root / 'CSFlow'}/*/latest/images")
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="where to write; default ./demo")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of training; default {EPOCHS}")
+    arguments = parser.parse_args()
+    mpl.use("agg")
+    warnings.simplefilter("ignore")  # those of the libraries beneath, which a first user cannot act on
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    run(arguments.folder, arguments.epochs)
+
+
+if __name__ == "__main__":
+    main()

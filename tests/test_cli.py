@@ -1,0 +1,136 @@
+"""The commands that users type, with the dotted model path and with each recipe."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from conftest import folder_arguments
+
+from anomalib_csflow import cli
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Run = Callable[..., Path]
+
+
+def arguments(options: dict[str, object], prefix: str) -> list[str]:
+    """Options as the command line has them."""
+    return [f"--{prefix}.{key}={value}" for key, value in options.items()]
+
+
+SMALL_MODEL = [
+    "--model=anomalib_csflow.CSFlow",
+    *arguments(
+        {
+            "backbone": "tf_efficientnet_lite0",
+            "layer": "blocks.4",
+            "weights": "package",
+            "image_size": "[96,128]",
+            "num_blocks": 1,
+            "hidden_channels": 8,
+        },
+        "model",
+    ),
+]
+QUICK = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def run(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command of anomalib's command line in this process; returns the folder of results."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, *options: str, data: bool = True) -> Path:
+        folder = ["--data=anomalib.data.Folder", *arguments(folder_arguments(image_folder), "data")] if data else []
+        AnomalibCLI([command, *options, *folder])
+        return tmp_path / "results" / "CSFlow"
+
+    return run
+
+
+def checkpoint(results: Path) -> Path:
+    """The latest run's checkpoint."""
+    return results / "textures" / "latest" / "weights" / "lightning" / "model.ckpt"
+
+
+def test_fit_test_train_predict_and_export(run: Run, image_folder: Path, tmp_path: Path) -> None:
+    results = run("fit", *SMALL_MODEL, *QUICK)
+    path = checkpoint(results)
+    assert path.is_file()
+    run("test", *SMALL_MODEL, *QUICK[:1], f"--ckpt_path={path}")
+    run("train", *SMALL_MODEL, *QUICK)
+    run("predict", *SMALL_MODEL, *QUICK[:1], f"--ckpt_path={path}", f"--data={image_folder / 'test/blob'}", data=False)
+    assert len(list((results / "latest" / "images").rglob("*.png"))) == 4
+    for kind, suffix in {"torch": "pt", "onnx": "onnx", "openvino": "xml"}.items():
+        run(
+            "export",
+            *SMALL_MODEL,
+            f"--export_type={kind}",
+            f"--ckpt_path={path}",
+            f"--export_root={tmp_path}",
+            data=False,
+        )
+        assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("cs_flow*.yaml")))
+def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> None:
+    """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, width, size and epochs."""
+    model = [f"--config={CONFIGS / config}", "--model.hidden_channels=8", "--model.image_size=128"]
+    name = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["backbone"]
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
+    model.append(f"--model.weights={tmp_path / 'random.pth'}")
+    path = checkpoint(run("train", *model, "--trainer.check_val_every_n_epoch=1", *QUICK))
+    run("test", *model, f"--ckpt_path={path}")
+    run("predict", *model, f"--ckpt_path={path}", f"--data={image_folder / 'test/blob'}", data=False)
+    run("export", *model, "--export_type=openvino", f"--ckpt_path={path}", f"--export_root={tmp_path}", data=False)
+    assert (tmp_path / "weights/openvino/model.xml").is_file()
+
+
+def test_console_script_knows_short_names(run: Run, image_folder: Path, tmp_path: Path) -> None:
+    options = ["--model=CSFlow", *SMALL_MODEL[1:], *QUICK]
+    folder = ["--data=Folder", *arguments(folder_arguments(image_folder), "data")]
+    cli.main(["fit", *options, *folder])
+    assert checkpoint(tmp_path / "results" / "CSFlow").is_file()
+
+
+def test_benchmark_of_anomalib(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = {
+        "class_path": "anomalib_csflow.CSFlow",
+        "init_args": {
+            "backbone": "tf_efficientnet_lite0",
+            "layer": "blocks.4",
+            "weights": "package",
+            "image_size": 64,
+            "num_blocks": 1,
+            "hidden_channels": 4,
+            "max_epochs": 1,
+        },
+    }
+    config = tmp_path / "benchmark.yaml"
+    data = {"class_path": "Folder", "init_args": folder_arguments(image_folder)}
+    benchmark = {"seed": 0, "model": model, "data": data}
+    config.write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": benchmark}))
+    cli.main(["benchmark", f"--config={config}"])
+    assert list(tmp_path.rglob("results.csv"))
+
+
+def test_the_unchanged_anomalib_command(image_folder: Path, tmp_path: Path) -> None:
+    """A process of its own, and nothing imported before: the dotted path is enough."""
+    folder = ["--data=Folder", *arguments(folder_arguments(image_folder), "data")]
+    command = [str(Path(sys.executable).with_name("anomalib")), "fit", *SMALL_MODEL, *QUICK, *folder]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    state = torch.load(checkpoint(tmp_path / "results" / "CSFlow"), weights_only=True)
+    assert state["epoch"] == 0
+
+
+@pytest.mark.parametrize("names", [[], ["--help"]])
+def test_install_weights_says_how(names: Sequence[str]) -> None:
+    with pytest.raises(SystemExit, match=r"usage: anomalib-csflow install-weights NAME .* tf_efficientnet_lite0"):
+        cli.main(["install-weights", *names])

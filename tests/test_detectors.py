@@ -1,0 +1,260 @@
+"""What every detector must do: one row per detector. And what is CS-Flow's alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.data import Folder, ImageBatch
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from conftest import SMALL, folder_arguments, randomize
+from PIL import Image
+from torchvision.transforms.v2 import Normalize, Resize
+
+from anomalib_csflow import CSFlow, scoring
+from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
+from anomalib_csflow.flows import CrossScaleCoupling
+from anomalib_csflow.weights import WeightsError
+
+DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
+    "CSFlow": (CSFlow, SMALL),
+    "CSFlow, fused map": (CSFlow, SMALL | {"map_mode": "mean", "num_scales": 2, "standardize": False}),
+    "CSFlow, transformer": (
+        CSFlow,
+        SMALL | {"backbone": "vit_tiny_patch16_224", "layer": "blocks.2", "weights": "random"},
+    ),
+}
+
+
+@pytest.fixture(params=DETECTORS.values(), ids=DETECTORS.keys())
+def each(request: pytest.FixtureRequest) -> FlowDetector:
+    """Every detector, small, with random flow parameters."""
+    cls, arguments = request.param
+    detector = cls(**arguments, image_size=(96, 128))
+    randomize(detector.model.flow, scale=0.05)
+    return detector.eval()
+
+
+def test_a_score_depends_on_its_own_image_alone(each: FlowDetector) -> None:
+    images = torch.rand(4, 3, 110, 140)
+    with torch.no_grad():
+        batch, singles = each.model(images), [each.model(image[None]) for image in images]
+        nll = torch.cat([each.nll(image[None]) for image in images])
+        torch.testing.assert_close(batch.pred_score, torch.cat([s.pred_score for s in singles]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(batch.anomaly_map, torch.cat([s.anomaly_map for s in singles]), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(each.nll(images), nll, atol=1e-2, rtol=1e-4)
+    assert batch.pred_score.shape == (4,)
+    assert batch.anomaly_map.shape == (4, 1, 110, 140)
+    assert batch.pred_score.std() > 0
+
+
+def test_forward_gives_the_same_in_training_mode(each: FlowDetector) -> None:
+    images = torch.rand(2, 3, 96, 128)
+    torch.testing.assert_close(each.model.train()(images), each.model.eval()(images))
+
+
+def test_loss_is_the_nll_per_dimension_less_its_constant(each: FlowDetector) -> None:
+    images = torch.rand(3, 3, 96, 128)
+    constant = 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    dims = scoring.num_dims(each.model.features(images))
+    torch.testing.assert_close(each.mean_loss(images), each.model.nll(images).mean() / dims - constant)
+    raw = torch.rand(3, 3, 200, 170)  # nll() pre-processes, as forward() does
+    nats = each.model.nll(each.pre_processor(raw))
+    torch.testing.assert_close(each.nll(raw), nats)
+    torch.testing.assert_close(each.nll(raw, bits_per_dim=True), scoring.bits_per_dim(nats, dims))
+
+
+def test_the_optimizer_has_the_flow_and_nothing_frozen(each: FlowDetector, datamodule: Folder, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in each.model.features.state_dict().items()}
+    each.train()
+    Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(each, datamodule=datamodule)
+    (optimizer,) = each.trainer.optimizers
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in each.model.flow.parameters()}
+    after = each.model.features.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_training_on_good_images_finds_defects(datamodule: Folder, tmp_path: Path) -> None:
+    detector = CSFlow(**SMALL, image_size=128)
+    engine = Engine(max_epochs=8, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(detector, datamodule=datamodule)
+    (metrics,) = engine.test(detector, datamodule=datamodule)
+    assert metrics["image_AUROC"] == 1.0
+    assert metrics["pixel_AUROC"] > 0.9
+
+
+def test_number_of_parameters_is_the_papers() -> None:
+    """The published flow has 275.2 M parameters."""
+    with torch.device("meta"):
+        dims = [(304, 24, 24), (304, 12, 12), (304, 6, 6)]
+        blocks = [CrossScaleCoupling(dims, kernel_size=k) for k in (3, 3, 3, 5)]
+    parameters = sum(p.numel() for block in blocks for p in block.parameters())
+    assert parameters == pytest.approx(275.2e6, rel=1e-3)
+
+
+def test_paper_defaults_of_the_constructor() -> None:
+    detector = CSFlow(weights="random", hidden_channels=8)  # the width alone is small, to be built in little memory
+    hparams = detector.hparams
+    assert (hparams.backbone, hparams.layer, hparams.image_size) == ("tf_efficientnet_b5.aa_in1k", "blocks.5", 768)
+    assert detector.input_size == (768, 768)
+    assert detector.model.features.channels == [304] * 3
+    assert detector.model.features.map_sizes(768, 768) == [(24, 24), (12, 12), (6, 6)]
+    couplings = detector.model.flow[1::2]
+    assert [coupling.from_first.enter[0].kernel_size[0] for coupling in couplings] == [3, 3, 3, 5]
+    assert detector.model.standardization is None
+    (group,) = detector.configure_optimizers()["optimizer"].param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-4, (0.9, 0.999), 1e-4, 1e-5)
+    assert hparams.gradient_clip_norm == 1.0
+
+
+def test_pre_processing_follows_the_backbone() -> None:
+    def transform(detector: CSFlow) -> tuple[list[float], list[float], list[int]]:
+        resize, normalize = detector.pre_processor.transform.transforms
+        assert isinstance(resize, Resize)
+        assert isinstance(normalize, Normalize)
+        return normalize.mean, normalize.std, resize.size
+
+    assert transform(CSFlow(**SMALL, image_size=(96, 128))) == ([0.5] * 3, [0.5] * 3, [96, 128])
+    resnet = CSFlow("resnet18.tv_in1k", "layer2", "random", image_size=64, hidden_channels=4)
+    assert transform(resnet) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [64, 64])
+
+
+@pytest.mark.parametrize("size", [(96, 128), (160, 96), (250, 333)])
+def test_inference_at_another_size_than_in_training(detector: CSFlow, size: tuple[int, int]) -> None:
+    with torch.no_grad():
+        assert detector.model(torch.rand(2, 3, *size)).anomaly_map.shape == (2, 1, *size)
+    detector.pre_processor = detector.configure_pre_processor(size)
+    with torch.no_grad():
+        assert detector(torch.rand(1, 3, 400, 300)).anomaly_map.shape == (1, 1, *size)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
+def test_grey_and_other_images(mode: str, image_folder: Path, tmp_path: Path) -> None:
+    for source in sorted((image_folder / "train/good").iterdir()):
+        image = Image.open(source)
+        converted = (
+            image.convert("I").point(lambda v: v * 256).convert("I;16") if mode == "I;16" else image.convert(mode)
+        )
+        (tmp_path / "good").mkdir(exist_ok=True)
+        converted.save(tmp_path / "good" / source.name)
+    datamodule = Folder("grey", "good", root=tmp_path, train_batch_size=4, eval_batch_size=1, num_workers=0)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    detector = CSFlow(**SMALL, image_size=96)
+    engine.fit(detector, datamodule=datamodule)
+    (prediction, *_) = engine.predict(detector, data_path=tmp_path / "good")
+    assert torch.isfinite(prediction.pred_score).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"backbone": "tf_efficientnet_lite9"},
+            "no backbone 'tf_efficientnet_lite9'; near names are .*tf_efficientnet_lite",
+        ),
+        ({"layer": "block.4"}, r"no layer 'block\.4'; near names are .*blocks\.4"),
+        ({"image_size": 63}, "63x63 pixels is too small for 3 scales .* the least size is 64x64"),
+        ({"map_mode": "max"}, "unknown map_mode 'max': choose one of"),
+        ({"num_blocks": 0}, "num_blocks must be 1 or more"),
+        ({"num_blocks": 2, "kernel_sizes": [3]}, "one of kernel_sizes each"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CSFlow(**SMALL | {"image_size": 96} | changes)
+
+
+def test_bad_weights() -> None:
+    with pytest.raises(WeightsError, match=r"no file of weights at nowhere\.pth"):
+        CSFlow(**SMALL | {"weights": "nowhere.pth"}, image_size=96)
+
+
+def test_too_small_an_image_at_inference(detector: CSFlow) -> None:
+    with pytest.raises(ValueError, match="the least size is 64x64"):
+        detector.model(torch.rand(1, 3, 96, 60))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(datamodule: Folder, tmp_path: Path) -> None:
+    class Poisoned(CSFlow):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    next(self.model.flow.parameters()).fill_(float("nan"))
+
+    detector = Poisoned(**SMALL, image_size=96)
+    engine = Engine(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at epoch 1, step 3: .*model\.ckpt") as error:
+        engine.fit(detector, datamodule=datamodule)
+    path = re.search(r"checkpoint: (\S+\.ckpt)", str(error.value))[1]
+    kept = Poisoned.load_from_checkpoint(path)
+    assert all(torch.isfinite(parameter).all() for parameter in kept.model.flow.parameters())
+
+
+def test_gradient_clipping_is_the_papers_unless_asked(datamodule: Folder, tmp_path: Path) -> None:
+    class Watched(CSFlow):
+        norms: list[float] = []
+
+        def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+            gradients = [p.grad for p in self.model.flow.parameters() if p.grad is not None]
+            if gradients:
+                self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    for asked, bound in ((None, 1.0), (0.01, 0.01)):
+        Watched.norms = []
+        detector = Watched(**SMALL | {"standardize": False}, image_size=96)
+        engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, gradient_clip_val=asked)
+        engine.fit(detector, datamodule=datamodule)
+        assert Watched.norms
+        assert max(Watched.norms) == pytest.approx(bound, rel=1e-2)
+
+
+def test_folder_of_good_images_alone(image_folder: Path, tmp_path: Path) -> None:
+    """The engineer's case: nothing but good images."""
+    datamodule = Folder("good", image_folder / "train/good", train_batch_size=4, eval_batch_size=2, num_workers=0)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    detector = CSFlow(**SMALL, image_size=96)
+    engine.fit(detector, datamodule=datamodule)
+    predictions = engine.predict(detector, data_path=image_folder / "test/blob")
+    assert len(predictions) == 4
+
+
+def test_training_step_is_what_the_engine_logs(detector: CSFlow) -> None:
+    batch = ImageBatch(image=torch.rand(2, 3, 96, 128))
+    detector.log = lambda *_, **__: None
+    torch.testing.assert_close(detector.training_step(batch, 0), detector.mean_loss(batch.image))
+
+
+def test_custom_pre_processor_is_used() -> None:
+    detector = CSFlow(**SMALL, image_size=96, pre_processor=PreProcessor(Resize((128, 64))))
+    assert detector.input_size == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("broken.png", r"cannot read the image .*broken\.png"), ("cut.png", r"cut\.png")]
+)
+def test_unreadable_image_is_named_before_training(file: str, message: str, image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "good"
+    folder.mkdir(parents=True)
+    sources = sorted((image_folder / "train/good").iterdir())
+    for source in sources:
+        (folder / source.name).write_bytes(source.read_bytes())
+    content = sources[0].read_bytes()
+    (folder / file).write_bytes(b"no image" if file == "broken.png" else content[: len(content) // 2])
+    arguments = folder_arguments(image_folder) | {"normal_dir": str(folder)}
+    with pytest.raises(OSError, match=message):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=Folder(**arguments)
+        )
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_empty_or_missing_folder(exists: bool, tmp_path: Path) -> None:
+    if exists:
+        (tmp_path / "good").mkdir()
+    with pytest.raises((RuntimeError, FileNotFoundError), match=str(tmp_path / "good")):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=Folder("none", "good", root=tmp_path)
+        )

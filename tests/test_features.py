@@ -1,0 +1,95 @@
+"""Backbones: any layer, any size, frozen, and nothing beyond the layer."""
+
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+
+from anomalib_csflow.features import FrozenBackbone, ImagePyramid
+from anomalib_csflow.weights import create_backbone
+
+BACKBONES = [
+    ("tf_efficientnet_lite0", "blocks.5", 192, 32),
+    ("tf_efficientnet_lite0", "blocks.4.1", 112, 16),
+    ("resnet18.tv_in1k", "layer2", 128, 8),
+    ("mobilenetv3_small_100", "blocks.3", 48, 16),
+    ("convnext_atto", "stages.2", 160, 16),
+    ("torchvision/resnet18", "layer3.0", 256, 16),
+    ("vit_tiny_patch16_224", "blocks.3", 192, 16),
+    ("vit_small_patch14_dinov2.lvd142m", "blocks.2", 384, 14),
+]
+
+
+@pytest.mark.parametrize(("name", "layer", "channels", "stride"), BACKBONES)
+def test_any_backbone_and_layer(name: str, layer: str, channels: int, stride: int) -> None:
+    pyramid = ImagePyramid(FrozenBackbone(create_backbone(name, "random"), layer), num_scales=3)
+    assert pyramid.channels == [channels] * 3
+    assert pyramid.min_size == 4 * stride
+    maps = pyramid(torch.rand(1, 3, 230, 300))
+    for finer, coarser in pairwise(maps):
+        for f, c in zip(finer.shape[2:], coarser.shape[2:], strict=True):
+            assert c in {f // 2, (f + 1) // 2}
+    assert [tuple(level.shape[1:]) for level in maps] == [(channels, *s) for s in pyramid.map_sizes(230, 300)] or (
+        name == "convnext_atto"  # it drops the cells that the image does not fill
+    )
+
+
+def test_only_the_part_up_to_the_layer_is_kept() -> None:
+    whole = create_backbone("tf_efficientnet_lite0", "package")
+    size = sum(parameter.numel() for parameter in whole.parameters())
+    expected = []
+    hook = whole.blocks[4].register_forward_hook(lambda *arguments: expected.append(arguments[2]))
+    images = torch.rand(2, 3, 128, 96)
+    whole.eval()(images)
+    hook.remove()
+    backbone = FrozenBackbone(whole, "blocks.4")
+    torch.testing.assert_close(backbone(images), expected[0], atol=1e-5, rtol=1e-4)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) < size / 4
+
+
+def test_transformer_tokens_are_folded_to_the_map_of_their_block() -> None:
+    whole = create_backbone("vit_tiny_patch16_224", "random").eval()
+    images = torch.rand(1, 3, 224, 224)
+    (expected,) = whole.forward_intermediates(images, indices=[3], norm=False, intermediates_only=True)
+    backbone = FrozenBackbone(whole, "blocks.3")
+    torch.testing.assert_close(backbone(images), expected)
+    assert len(backbone.model.blocks) == 4
+
+
+def test_frozen_through_train() -> None:
+    backbone = FrozenBackbone(create_backbone("resnet18.tv_in1k", "random"), "layer1")
+    before = backbone(torch.ones(2, 3, 64, 64))
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    backbone(5 * torch.rand(4, 3, 64, 64))
+    torch.testing.assert_close(backbone(torch.ones(2, 3, 64, 64)), before)
+
+
+def test_pyramid_is_the_backbone_at_halved_images() -> None:
+    backbone = FrozenBackbone(create_backbone("tf_efficientnet_lite0", "package"), "blocks.4")
+    images = torch.rand(2, 3, 128, 192)
+    maps = ImagePyramid(backbone, num_scales=2)(images)
+    torch.testing.assert_close(maps[0], backbone(images))
+    torch.testing.assert_close(maps[1], backbone(images[..., ::2, ::2]), atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_layer_lists_near_names() -> None:
+    with pytest.raises(ValueError, match=r"no layer 'block\.4'; near names are .*blocks\.4"):
+        FrozenBackbone(timm.create_model("tf_efficientnet_lite0"), "block.4")
+    with pytest.raises(ValueError, match="name a block"):
+        FrozenBackbone(create_backbone("vit_tiny_patch16_224", "random"), "patch_embed")
+    with pytest.raises(ValueError, match="not a map"):
+        FrozenBackbone(create_backbone("resnet18.tv_in1k", "random"), "fc")
+    with pytest.raises(ValueError, match="cannot be used"):  # this one runs at its pretraining's size alone
+        FrozenBackbone(create_backbone("swin_tiny_patch4_window7_224", "random"), "layers.1")
+
+
+def test_too_small_an_image_says_the_least_size() -> None:
+    pyramid = ImagePyramid(FrozenBackbone(create_backbone("tf_efficientnet_lite0", "random"), "blocks.5"), 3)
+    pyramid(torch.zeros(1, 3, 128, 128))
+    with pytest.raises(ValueError, match=r"image of 200x127 pixels is too small .* least size is 128x128"):
+        pyramid(torch.zeros(1, 3, 200, 127))
+    with pytest.raises(ValueError, match="num_scales must be 1 or more"):
+        ImagePyramid(pyramid.backbone, 0)

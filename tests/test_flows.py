@@ -1,0 +1,286 @@
+"""The flow contract: every layer, every shape, in float64, with random parameters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import randomize
+from FrEIA.framework import GraphINN, InputNode, Node, OutputNode
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+
+from anomalib_csflow.flows import (
+    ChannelStandardization,
+    CrossConvolution,
+    CrossScaleCoupling,
+    PyramidFlow,
+    ScalePermutation,
+)
+
+Dims = list[tuple[int, int, int]]
+
+PYRAMIDS: dict[str, Dims] = {
+    "one scale": [(4, 3, 3)],
+    "one scale, odd channels": [(5, 2, 3)],
+    "two scales": [(4, 4, 4), (4, 2, 2)],
+    "two scales, not square": [(3, 4, 6), (2, 2, 3)],
+    "three scales, halves rounded up": [(2, 5, 7), (2, 3, 4), (2, 2, 2)],
+    "three scales, halves rounded down": [(3, 5, 6), (4, 2, 3), (2, 1, 1)],
+    "four scales": [(2, 8, 6), (2, 4, 3), (3, 2, 2), (2, 1, 1)],
+}
+
+
+class Pointwise(nn.Module):
+    """A conditioner that is not the cross convolution: a 1x1 convolution per scale."""
+
+    def __init__(self, in_channels: list[int], out_channels: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(in_channels, out_channels, strict=True))
+
+    def forward(self, pyramid: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Map each scale by itself."""
+        return tuple(layer(level) for layer, level in zip(self.layers, pyramid, strict=True))
+
+
+def standardization(dims: Dims) -> ChannelStandardization:
+    """With statistics that are not the identity's."""
+    layer = ChannelStandardization(dims)
+    generator = torch.Generator().manual_seed(3)
+    layer.fit([tuple(2 * torch.randn(9, *shape, generator=generator) + 1 for shape in dims)])
+    return layer
+
+
+def chain(dims: Dims) -> PyramidFlow:
+    """Two blocks, as CS-Flow has them."""
+    return PyramidFlow(
+        [
+            standardization(dims),
+            ScalePermutation(dims, seed=0),
+            CrossScaleCoupling(dims, hidden_channels=3),
+            ScalePermutation(dims, seed=1),
+            CrossScaleCoupling(dims, hidden_channels=3, kernel_size=5),
+        ]
+    )
+
+
+LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    "coupling, kernel 1": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=1),
+    "coupling, kernel 2": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=2),
+    "coupling, kernel 3": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=3, clamp=1.9),
+    "coupling, kernel 4": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=4),
+    "coupling, kernel 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=5),
+    "coupling, other conditioner": lambda dims: CrossScaleCoupling(dims, conditioner=Pointwise),
+    "permutation": lambda dims: ScalePermutation(dims, seed=7),
+    "standardization": standardization,
+    "chain": chain,
+}
+
+
+@pytest.fixture(params=PYRAMIDS.values(), ids=PYRAMIDS.keys())
+def dims(request: pytest.FixtureRequest) -> Dims:
+    """Shapes of a pyramid."""
+    return request.param
+
+
+@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
+def layer(request: pytest.FixtureRequest, dims: Dims) -> nn.Module:
+    """A layer with random parameters, in float64."""
+    return randomize(request.param(dims)).double()
+
+
+@pytest.fixture
+def pyramid(dims: Dims) -> tuple[Tensor, ...]:
+    """A batch of three."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in dims)
+
+
+def test_inverse(layer: nn.Module, pyramid: tuple[Tensor, ...]) -> None:
+    latents, log_det = layer(pyramid)
+    restored, log_det_back = layer(latents, rev=True)
+    torch.testing.assert_close(restored, pyramid, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(log_det_back, -log_det, atol=1e-9, rtol=1e-9)
+    assert [latent.shape for latent in latents] == [level.shape for level in pyramid]
+
+
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+def test_log_det_is_that_of_the_jacobian(layer: nn.Module, pyramid: tuple[Tensor, ...], rev: bool) -> None:
+    shapes = [level.shape[1:] for level in pyramid]
+    sizes = [shape.numel() for shape in shapes]
+
+    def flat(vector: Tensor) -> Tensor:
+        parts = tuple(part.reshape(1, *shape) for part, shape in zip(vector.split(sizes), shapes, strict=True))
+        return torch.cat([output.flatten() for output in layer(parts, rev=rev)[0]])
+
+    _, log_det = layer(pyramid, rev=rev)
+    assert log_det.shape == (3,)
+    for sample in range(3):
+        vector = torch.cat([level[sample].flatten() for level in pyramid])
+        jacobian = torch.autograd.functional.jacobian(flat, vector)
+        torch.testing.assert_close(log_det[sample], torch.linalg.slogdet(jacobian).logabsdet, atol=1e-8, rtol=1e-8)
+
+
+def test_samples_do_not_see_one_another(layer: nn.Module, pyramid: tuple[Tensor, ...]) -> None:
+    latents, log_det = layer(pyramid)
+    singles = [layer(tuple(level[n : n + 1] for level in pyramid)) for n in range(3)]
+    joined = tuple(torch.cat(maps) for maps in zip(*(single[0] for single in singles), strict=True))
+    torch.testing.assert_close(joined, latents, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(torch.cat([single[1] for single in singles]), log_det, atol=1e-10, rtol=1e-12)
+
+
+def test_jac_false_skips_the_log_det(layer: nn.Module, pyramid: tuple[Tensor, ...]) -> None:
+    latents, log_det = layer(pyramid, jac=False)
+    torch.testing.assert_close(latents, layer(pyramid)[0])
+    assert log_det.shape == (3,)
+    assert not log_det.any()
+    assert not log_det.requires_grad
+
+
+def test_every_parameter_gets_a_gradient(layer: nn.Module, pyramid: tuple[Tensor, ...]) -> None:
+    latents, log_det = layer(pyramid)
+    loss = sum(latent.square().sum() for latent in latents) - log_det.sum()
+    parameters = dict(layer.named_parameters())
+    if parameters:
+        loss.backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
+def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module]) -> None:
+    dims = PYRAMIDS["three scales, halves rounded up"]
+    other_seed = [(c, h, w) for c, h, w in dims]
+    layer = randomize(build(dims)).double()
+    for name, buffer in layer.named_buffers():  # as if drawn with another seed
+        if "permutation" in name:
+            buffer.copy_(buffer.flip(0))
+    rebuilt = build(other_seed).double()
+    rebuilt.load_state_dict(layer.state_dict())
+    pyramid = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in dims)
+    torch.testing.assert_close(rebuilt(pyramid), layer(pyramid), atol=0, rtol=0)
+
+
+def test_maps_of_other_sizes_than_built_for() -> None:
+    coupling = randomize(CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], hidden_channels=3)).double()
+    pyramid = tuple(torch.randn(2, 4, *size, dtype=torch.float64) for size in [(9, 13), (5, 6)])
+    latents, _ = coupling(pyramid)
+    torch.testing.assert_close(coupling(latents, rev=True)[0], pyramid)
+
+
+def test_conditions_enter_both_halves() -> None:
+    dims, dims_c = [(4, 4, 4), (4, 2, 2)], [(3, 4, 4), (1, 2, 2)]
+    coupling = randomize(CrossScaleCoupling(dims, dims_c, hidden_channels=3)).double()
+    pyramid = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in dims)
+    conditions = tuple(torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in dims_c)
+    latents, _ = coupling(pyramid, conditions)
+    torch.testing.assert_close(coupling(latents, conditions, rev=True)[0], pyramid)
+    for half in (slice(0, 2), slice(2, 4)):
+        for gradient in torch.autograd.grad(latents[0][:, half].sum(), conditions, retain_graph=True):
+            assert gradient.abs().sum() > 0
+
+
+def test_untrained_coupling_is_the_identity() -> None:
+    dims = [(4, 4, 4), (4, 2, 2)]
+    pyramid = tuple(torch.randn(2, *shape) for shape in dims)
+    latents, log_det = CrossScaleCoupling(dims, hidden_channels=8)(pyramid)
+    torch.testing.assert_close(latents, pyramid)
+    assert not log_det.any()
+
+
+def test_log_scale_is_clamped() -> None:
+    coupling = randomize(CrossScaleCoupling([(4, 3, 3)], hidden_channels=8, clamp=0.5), scale=100.0)
+    _, log_det = coupling((torch.randn(2, 4, 3, 3),))
+    assert (log_det.abs() < 0.5 * 4 * 9).all()
+    assert (log_det.abs() > 0).all()
+
+
+def test_permutations_differ_by_scale_and_seed() -> None:
+    dims = [(16, 4, 4), (16, 2, 2)]
+    first, second = ScalePermutation(dims, seed=0), ScalePermutation(dims, seed=1)
+    assert not torch.equal(first.permutation_0, first.permutation_1)
+    assert not torch.equal(first.permutation_0, second.permutation_0)
+    assert torch.equal(first.permutation_0, ScalePermutation(dims, seed=0).permutation_0)
+
+
+def test_no_link_joins_scales_that_are_not_neighbours() -> None:
+    convolution = randomize(CrossConvolution([2, 2, 2], [2, 2, 2], hidden_channels=4))
+    pyramid = tuple(torch.randn(1, 2, size, size, requires_grad=True) for size in (8, 4, 2))
+    outputs = convolution(pyramid)
+    reached = [
+        [
+            bool(g is not None and g.abs().sum() > 0)
+            for g in torch.autograd.grad(o.sum(), pyramid, allow_unused=True, retain_graph=True)
+        ]
+        for o in outputs
+    ]
+    assert reached == [[True, True, False], [True, True, True], [False, True, True]]
+
+
+def test_inside_a_freia_graph() -> None:
+    dims = PYRAMIDS["three scales, halves rounded up"]
+    inputs = [InputNode(*shape, name=f"in {scale}") for scale, shape in enumerate(dims)]
+    permutation = Node([node.out0 for node in inputs], ScalePermutation, {"seed": 2}, name="permutation")
+    ports = [(permutation, scale) for scale in range(3)]
+    coupling = Node(ports, CrossScaleCoupling, {"hidden_channels": 3}, name="coupling")
+    outputs = [OutputNode((coupling, scale), name=f"out {scale}") for scale in range(3)]
+    graph = randomize(GraphINN([*inputs, permutation, coupling, *outputs])).double()
+
+    alone = PyramidFlow([node.module for node in (permutation, coupling)])
+    assert all(isinstance(layer, InvertibleModule) for layer in alone)
+    pyramid = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in dims)
+    latents, log_det = graph(pyramid)
+    expected, expected_log_det = alone(pyramid)
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(log_det.double(), expected_log_det, atol=1e-5, rtol=1e-5)  # GraphINN sums from float32
+    torch.testing.assert_close(graph(latents, rev=True)[0], pyramid)
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ([], "at least one scale"),
+        ([(1, 4, 4)], "two channels"),
+        ([(4, 8, 8), (4, 3, 4)], "scale 1 of the pyramid is 3x4, which is not half of scale 0"),
+    ],
+)
+def test_coupling_refuses_what_is_no_pyramid(dims: Dims, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrossScaleCoupling(dims, hidden_channels=2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 4, 4, 4)], "expected a pyramid of 2 scales, got 1"),
+        ([(2, 4, 4, 4), (2, 3, 2, 2)], r"scale 1 should be \(N, 4, H, W\), got \(2, 3, 2, 2\)"),
+        ([(2, 4, 8, 8), (2, 4, 2, 2)], "not half of scale 0"),
+        ([(2, 4, 1, 1), (2, 4, 0, 1)], "scale 1 of the pyramid is empty"),
+    ],
+)
+def test_layers_refuse_other_inputs(shapes: list[tuple[int, ...]], message: str) -> None:
+    coupling = CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], hidden_channels=2)
+    with pytest.raises(ValueError, match=message):
+        coupling([torch.zeros(shape) for shape in shapes])
+
+
+def test_conditions_are_counted() -> None:
+    with pytest.raises(ValueError, match="2 scales, 1 conditions"):
+        CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], [(1, 4, 4)])
+    with pytest.raises(ValueError, match="expected 0 conditions, got 1"):
+        CrossScaleCoupling([(4, 4, 4)], hidden_channels=2)([torch.zeros(1, 4, 4, 4)], [torch.zeros(1, 1, 4, 4)])
+
+
+def test_standardization_of_features() -> None:
+    features = torch.randn(64, 3, 5, 5) * torch.tensor([0.1, 1.0, 10.0])[:, None, None] + 4
+    features = torch.cat([features, torch.full((64, 1, 5, 5), 7.0)], dim=1)  # a channel that never moves
+    layer = ChannelStandardization([(4, 5, 5)])
+    assert not layer.is_fitted
+    layer.fit([(features[:40],), (features[40:],)])
+    (output,), _ = layer((features,))
+    assert layer.is_fitted
+    torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(output.std((0, 2, 3))[:3], torch.ones(3), atol=1e-3, rtol=0)
+    assert torch.isfinite(output).all()
+    with pytest.raises(ValueError, match="training set is empty"):
+        layer.fit([])

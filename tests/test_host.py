@@ -1,0 +1,240 @@
+"""anomalib's engine around our detectors: checkpoints, exports, look-up, and the host's known traps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anomalib.models
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.models import AnomalibModule, Csflow, Padim, get_model, list_models
+from conftest import SMALL, folder_arguments
+from lightning.pytorch.callbacks import EarlyStopping
+
+import anomalib_csflow
+from anomalib_csflow import CSFlow
+from anomalib_csflow.detectors.base import CheckpointError
+
+SIZE = (96, 128)
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CSFlow, Path]:
+    """A trained detector at a size that is not the default, and its checkpoint."""
+    detector = CSFlow(**SMALL, image_size=SIZE)
+    engine = Engine(max_epochs=6, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("trained"))
+    engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
+    return detector.eval(), Path(engine.best_model_path)
+
+
+@pytest.fixture(scope="module")
+def images(image_folder: Path) -> list[Path]:
+    """Four defective images, of another size than the model's."""
+    return sorted((image_folder / "test/blob").iterdir())
+
+
+# -- look-up ------------------------------------------------------------------------------------
+
+
+def test_get_model_by_class_path() -> None:
+    detector = get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": {**SMALL, "image_size": 96}})
+    assert isinstance(detector, CSFlow)
+
+
+def test_importing_us_changes_nothing_for_others() -> None:
+    code = (
+        "from anomalib.models import list_models, get_model, AnomalibModule;"
+        "names = lambda: {n: c.__module__ for c in AnomalibModule.__subclasses__() for n in [c.__name__.lower()]};"
+        "before, listed = names(), list_models();"
+        "import anomalib_csflow;"
+        "after = names();"
+        "assert {n: after[n] for n in before} == before;"
+        "assert set(listed) <= set(list_models());"
+        "assert not any('csflow' in n and m.startswith('anomalib_csflow') for n, m in after.items())"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    by_name = {cls.__name__.lower(): cls for cls in AnomalibModule.__subclasses__()}
+    assert by_name["csflow"] is Csflow
+    assert "csflow" in list_models()
+
+
+def test_public_names() -> None:
+    assert anomalib_csflow.__all__ == ["CSFlow"]
+    assert anomalib_csflow.__version__
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def test_load_from_checkpoint_at_another_image_size(trained: tuple[CSFlow, Path]) -> None:
+    detector, path = trained
+    loaded = CSFlow.load_from_checkpoint(path).eval()
+    images = torch.rand(2, 3, 150, 180)
+    with torch.no_grad():
+        expected, prediction = detector(images), loaded(images)
+    assert loaded.input_size == SIZE
+    torch.testing.assert_close(prediction.pred_score, expected.pred_score)
+    torch.testing.assert_close(prediction.anomaly_map, expected.anomaly_map)
+
+
+def test_checkpoint_is_plain_data_without_the_backbone(trained: tuple[CSFlow, Path]) -> None:
+    detector, path = trained
+    checkpoint = torch.load(path, weights_only=True)
+    assert not any("backbone" in key or "evaluator" in key for key in checkpoint["state_dict"])
+    flow = sum(parameter.numel() * 4 for parameter in detector.model.flow.parameters())
+    assert path.stat().st_size < 3 * flow + 200_000  # the flow, and Adam's two moments
+
+
+def test_resume(image_folder: Path, tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt_path: str | None = None) -> tuple[CSFlow, Engine]:
+        detector = CSFlow(**SMALL | {"schedule": "constant"}, image_size=96)
+        engine = Engine(max_epochs=epochs, accelerator="cpu", default_root_dir=tmp_path)
+        engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)), ckpt_path=ckpt_path)
+        return detector, engine
+
+    detector, engine = fit(1)
+    first = {key: value.clone() for key, value in detector.model.flow.state_dict().items()}
+    resumed, engine = fit(2, engine.best_model_path)
+    assert engine.trainer.current_epoch == 2
+    assert engine.trainer.global_step == 6
+    state = resumed.model.flow.state_dict()
+    # the statistics are the first run's; the parameters went on
+    assert torch.equal(state["0.mean_0"], first["0.mean_0"])
+    assert not torch.equal(state["2.from_first.gamma"], first["2.from_first.gamma"])
+
+
+def test_checkpoint_of_another_model(trained: tuple[CSFlow, Path], datamodule: Folder, tmp_path: Path) -> None:
+    detector, path = trained
+    padim = Padim("tf_efficientnet_lite0", ["blocks.2"], pre_trained=False, n_features=10)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(padim, datamodule=datamodule)
+    foreign = engine.trainer.checkpoint_callback.best_model_path
+    with pytest.raises(
+        CheckpointError, match=r"model\.ckpt is not a checkpoint of this package: CSFlow cannot load it"
+    ):
+        CSFlow.load_from_checkpoint(foreign)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this package"):
+        Engine(accelerator="cpu", default_root_dir=tmp_path).test(detector, datamodule=datamodule, ckpt_path=foreign)
+
+    class Sibling(CSFlow):
+        pass
+
+    with pytest.raises(CheckpointError, match="is a checkpoint of CSFlow: Sibling cannot load it"):
+        Sibling.load_from_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*none\.ckpt"):
+        CSFlow.load_from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_checkpoint_trained_on_other_weights(trained: tuple[CSFlow, Path]) -> None:
+    with pytest.raises(CheckpointError, match="trained on other weights of the backbone 'tf_efficientnet_lite0'"):
+        CSFlow.load_from_checkpoint(trained[1], weights="random")
+
+
+def test_aupro_in_the_evaluator(datamodule: Folder, tmp_path: Path) -> None:
+    """AUPRO has a buffer: anomalib's own models then fail to load and to export."""
+
+    def evaluator() -> Evaluator:
+        return Evaluator(test_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"])])
+
+    detector = CSFlow(**SMALL, image_size=96, evaluator=evaluator())
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(detector, datamodule=datamodule)
+    path = engine.best_model_path
+    (metrics,) = engine.test(detector, datamodule=datamodule, ckpt_path=path)
+    assert 0 <= metrics["AUPRO"] <= 1
+    CSFlow.load_from_checkpoint(path)
+    CSFlow.load_from_checkpoint(path, evaluator=evaluator())
+    assert engine.export(detector, ExportType.TORCH, export_root=tmp_path, ckpt_path=path).is_file()
+
+
+def test_early_stopping_with_the_default_evaluator(datamodule: Folder, tmp_path: Path) -> None:
+    stopping = EarlyStopping(monitor="pixel_AUROC", mode="max", patience=1, min_delta=1.0)
+    engine = Engine(max_epochs=5, accelerator="cpu", default_root_dir=tmp_path, callbacks=[stopping])
+    engine.fit(CSFlow(**SMALL, image_size=96), datamodule=datamodule)
+    assert engine.trainer.current_epoch == 2
+
+
+# -- export -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(trained: tuple[CSFlow, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The detector, rebuilt from its checkpoint, in each format."""
+    root = tmp_path_factory.mktemp("exported")
+    engine = Engine(accelerator="cpu", default_root_dir=root)
+    return {
+        kind.value: engine.export(CSFlow(**SMALL, image_size=SIZE), kind, export_root=root, ckpt_path=trained[1])
+        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
+    }
+
+
+def test_openvino_inferencer_agrees(
+    trained: tuple[CSFlow, Path],
+    exported: dict[str, Path],
+    images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the inferencer writes its cache where it runs
+    inferencer = OpenVINOInferencer(exported["openvino"], device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    _compare(trained[0], images, inferencer.predict)
+
+
+def test_torch_inferencer_agrees(
+    trained: tuple[CSFlow, Path], exported: dict[str, Path], images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    _compare(trained[0], images, TorchInferencer(exported["torch"], device="cpu").predict)
+
+
+def _compare(detector: CSFlow, images: list[Path], predict) -> None:  # noqa: ANN001
+    scores = []
+    for path in images:
+        with torch.no_grad():
+            expected = detector(read_image(path, as_tensor=True)[None])
+        found = predict(str(path))
+        scores.append(expected.pred_score.item())
+        assert not getattr(found.pred_score, "requires_grad", False)
+        np.testing.assert_allclose(np.asarray(found.pred_score).squeeze(), scores[-1], atol=1e-3)
+        np.testing.assert_allclose(np.asarray(found.anomaly_map).squeeze(), expected.anomaly_map.squeeze(), atol=1e-3)
+        assert bool(np.asarray(found.pred_label).squeeze()) == bool(expected.pred_label)
+    assert min(scores) > 0
+    assert np.ptp(scores) > 1e-3 or min(scores) < 1  # not one constant
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_exported_graphs_take_any_batch(
+    kind: str, batch: int, trained: tuple[CSFlow, Path], exported: dict[str, Path], images: list[Path]
+) -> None:
+    import openvino
+
+    pixels = torch.stack([read_image(path, as_tensor=True) for path in images[:batch]])
+    with torch.no_grad():
+        expected = trained[0](pixels)
+    model = openvino.Core().compile_model(exported[kind], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = model(pixels.numpy())
+    np.testing.assert_allclose(found["pred_score"].reshape(-1), expected.pred_score, atol=1e-3)
+    np.testing.assert_allclose(found["anomaly_map"], expected.anomaly_map, atol=1e-3)
+    assert expected.anomaly_map.std() > 1e-3
+
+
+def test_export_drops_what_is_not_used(exported: dict[str, Path], trained: tuple[CSFlow, Path]) -> None:
+    parameters = sum(p.numel() for p in trained[0].model.parameters())
+    assert exported["openvino"].with_suffix(".bin").stat().st_size < 4 * parameters + 100_000
+
+
+def test_metrics_see_what_the_host_monitors(datamodule: Folder) -> None:
+    evaluator = CSFlow.configure_evaluator()
+    assert [type(metric) for metric in evaluator.val_metrics] == [AUROC, AUROC]
+    assert len(evaluator.test_metrics) == len(AnomalibModule.configure_evaluator().test_metrics)
+
+
+def test_allow_list() -> None:
+    assert "anomalib_csflow" in anomalib.models.ALLOWED_MODULES

@@ -1,0 +1,45 @@
+"""Scores and maps against their formulae."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from anomalib_csflow import scoring
+
+LATENTS = (torch.randn(2, 3, 4, 6), torch.randn(2, 3, 2, 3))
+
+
+def test_nll_is_that_of_a_standard_normal() -> None:
+    log_det = torch.tensor([1.5, -2.0])
+    expected = -sum(Normal(0, 1).log_prob(level).flatten(1).sum(1) for level in LATENTS) - log_det
+    torch.testing.assert_close(scoring.nll(LATENTS, log_det), expected)
+
+
+def test_mean_energy() -> None:
+    flat = torch.cat([level.flatten(1) for level in LATENTS], dim=1)
+    torch.testing.assert_close(scoring.mean_energy(LATENTS), flat.square().mean(1) / 2)
+    assert scoring.num_dims(LATENTS) == flat.shape[1]
+
+
+def test_bits_per_dim() -> None:
+    assert scoring.bits_per_dim(torch.tensor([10 * math.log(2)]), 5).item() == pytest.approx(2)
+
+
+def test_map_of_the_finest_scale() -> None:
+    mapped = scoring.anomaly_map(LATENTS, (4, 6))
+    torch.testing.assert_close(mapped, LATENTS[0].square().mean(1, keepdim=True))
+    assert scoring.anomaly_map(LATENTS, (40, 61)).shape == (2, 1, 40, 61)
+
+
+@pytest.mark.parametrize("mode", ["mean", "product"])
+def test_maps_that_fuse_scales(mode: str) -> None:
+    constant = (torch.full((1, 2, 4, 4), 2.0), torch.full((1, 2, 2, 2), 3.0))
+    expected = {"mean": (4 + 9) / 2, "product": 4 * 9}[mode]
+    torch.testing.assert_close(scoring.anomaly_map(constant, (8, 8), mode), torch.full((1, 1, 8, 8), float(expected)))
+
+
+def test_unknown_mode() -> None:
+    with pytest.raises(ValueError, match="unknown map mode 'max': choose one of finest, mean, product"):
+        scoring.anomaly_map(LATENTS, (4, 4), "max")
