@@ -175,11 +175,10 @@ def run(root: Path, epochs: int = EPOCHS) -> None:
             layer="blocks.5",
             weights="package",
             image_size=256,
-            num_blocks=2,
-            kernel_sizes=[3, 3],
+            num_blocks=1,
+            kernel_sizes=[3],
             hidden_channels=128,
             standardize=True,
-            map_mode="mean",
             lr=3e-3,
             schedule="one_cycle",
         )

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 import anomalib_csflow
 from anomalib_csflow import CSFlow
-from anomalib_csflow.detectors.base import CheckpointError
+from anomalib_csflow.detectors.checkpoints import CheckpointError
 
 SIZE = (96, 128)
 
