@@ -19,7 +19,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 0 --nbmake notebooks
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

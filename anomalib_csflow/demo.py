@@ -26,8 +26,8 @@ from anomalib_csflow import CSFlow
 from anomalib_csflow.benchmark import measure
 
 TEXTURES = ("brick", "grass", "gravel")
-CROP = 160  # pixels of the 512 x 512 photographs
-TRAIN_WIDTH = 352  # columns left of this are for training; the others, which it never sees, for the test
+CROP = 128  # pixels of the 512 x 512 photographs
+TRAIN_WIDTH = 336  # columns left of this are for training; the others, which it never sees, for the test
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
 EPOCHS = 16
 
@@ -75,7 +75,7 @@ def damage(image: Grey, other: Grey, kind: int, generator: np.random.Generator) 
     if shape is patch:  # cut from another texture and pasted
         return np.where(mask, other, image), mask
     level = generator.choice([25.0, 230.0])
-    blend = filters.gaussian(mask.astype(float), 0.7) * 0.85
+    blend = filters.gaussian(mask.astype(float), 0.7) * 0.85 * mask  # a soft rim, and nothing outside the mask
     return image * (1 - blend) + level * blend, mask
 
 

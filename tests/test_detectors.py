@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_csflow import CSFlow, scoring
 from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
+from anomalib_csflow.detectors.images import UnreadableImageError
 from anomalib_csflow.flows import CrossScaleCoupling
 from anomalib_csflow.weights import WeightsError
 
@@ -232,22 +233,38 @@ def test_custom_pre_processor_is_used() -> None:
     assert detector.input_size == (128, 64)
 
 
-@pytest.mark.parametrize(
-    ("file", "message"), [("broken.png", r"cannot read the image .*broken\.png"), ("cut.png", r"cut\.png")]
-)
-def test_unreadable_image_is_named_before_training(file: str, message: str, image_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "images" / "good"
+def broken_copy(source: Path, folder: Path, kind: str) -> Path:
+    """A copy of a folder with one image more, which cannot be read."""
     folder.mkdir(parents=True)
-    sources = sorted((image_folder / "train/good").iterdir())
-    for source in sources:
-        (folder / source.name).write_bytes(source.read_bytes())
-    content = sources[0].read_bytes()
-    (folder / file).write_bytes(b"no image" if file == "broken.png" else content[: len(content) // 2])
-    arguments = folder_arguments(image_folder) | {"normal_dir": str(folder)}
-    with pytest.raises(OSError, match=message):
+    files = sorted(source.iterdir())
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+    content = files[0].read_bytes()
+    broken = {"no image": b"no image", "cut": content[: len(content) // 2], "empty": b""}[kind]
+    (folder / "broken.png").write_bytes(broken)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["no image", "cut", "empty"])
+def test_unreadable_image_is_named_before_training(kind: str, image_folder: Path, tmp_path: Path) -> None:
+    folder = broken_copy(image_folder / "train/good", tmp_path / "images", kind)
+    datamodule = Folder(**folder_arguments(image_folder) | {"normal_dir": str(folder)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
         Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
-            CSFlow(**SMALL, image_size=96), datamodule=Folder(**arguments)
+            CSFlow(**SMALL, image_size=96), datamodule=datamodule
         )
+
+
+def test_unreadable_image_is_named_before_test_and_predict(
+    detector: CSFlow, image_folder: Path, tmp_path: Path
+) -> None:
+    folder = broken_copy(image_folder / "test/good", tmp_path / "images", "cut")
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        engine.predict(detector, data_path=folder)
+    datamodule = Folder(**folder_arguments(image_folder) | {"normal_test_dir": str(folder)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        engine.test(detector, datamodule=datamodule)
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -165,10 +165,17 @@ class FlowDetector(LeanCheckpoints, ABC):
     # -- training ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the training images before any long work."""
+        """Check the images of a stage before any long work."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and datamodule is not None and self.trainer.is_global_zero:
-            check_images(datamodule.train_data.samples.image_path)
+        subset = {"fit": "train_data", "test": "test_data"}.get(stage)
+        samples = getattr(getattr(datamodule, subset, None), "samples", None) if subset else None
+        if samples is not None and self.trainer.is_global_zero:
+            check_images(list(samples.image_path))
+
+    def on_predict_start(self) -> None:
+        """Check the images of a folder to predict."""
+        for loader in self.trainer.predict_dataloaders or ():
+            check_images(list(getattr(getattr(loader, "dataset", None), "image_filenames", ())))
 
     @torch.no_grad()
     def on_train_start(self) -> None:

@@ -1,17 +1,20 @@
 """Checks of the images on disk, before any long work begins."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
+from rich.progress import track
+
+MANY = 500  # files whose check takes seconds, and so shows its progress
 
 
 class UnreadableImageError(OSError):
     """An image file is missing, empty, truncated or not an image."""
 
 
-def check_images(paths: Iterable[str | Path]) -> None:
+def check_images(paths: Sequence[str | Path]) -> None:
     """Decode every image once, so that a broken one is found before the training and not in it.
 
     JPEGs are decoded at an eighth of their size, which reads the whole file all the same.
@@ -23,7 +26,8 @@ def check_images(paths: Iterable[str | Path]) -> None:
         UnreadableImageError: names the first file that cannot be read.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter
-        for _ in pool.map(_check_image, paths):
+        checks = pool.map(_check_image, paths)
+        for _ in track(checks, "Checking images", len(paths), transient=True, disable=len(paths) < MANY):
             pass
 
 
