@@ -33,7 +33,7 @@ real-data: $(VENV)/.installed
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
 	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,offline,demo,dev]'
-	$(VENV)-floors/bin/pytest -n 0
+	$(VENV)-floors/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -183,6 +184,7 @@ class FlowDetector(LeanCheckpoints, ABC):
         layer = self.model.standardization
         if layer is None or layer.is_fitted:
             return
+        rank_zero_info("Measuring the statistics of the training images' features, once, before the first epoch.")
         layer.fit(self._training_features())
         if self.trainer.world_size > 1:  # every process saw its own share of the data: take the first's
             for buffer in layer.buffers():

@@ -55,23 +55,26 @@ class ChannelStandardization(InvertibleModule):
             ValueError: if there are no pyramids.
         """
         count = [0] * len(self.channels)
-        total: list[Tensor] = []
-        squares: list[Tensor] = []
+        mean = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]
+        squares = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]  # of deviations, summed
         for pyramid in pyramids:
-            maps = [level.double() for level in check_pyramid(pyramid, self.channels)]
-            sums = [level.sum((0, 2, 3)) for level in maps]
-            square_sums = [level.square().sum((0, 2, 3)) for level in maps]
-            total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-            squares = [a + b for a, b in zip(squares, square_sums, strict=True)] if squares else square_sums
-            count = [n + level.numel() // level.shape[1] for n, level in zip(count, maps, strict=True)]
-        if not total:
+            for scale, level in enumerate(check_pyramid(pyramid, self.channels)):
+                # merged over batches as Chan et al. (1983) do; in float64 on the CPU, which not every device has
+                variance, batch_mean = (
+                    v.cpu().double() for v in torch.var_mean(level.float(), (0, 2, 3), correction=0)
+                )
+                n = level.numel() // level.shape[1]
+                delta = batch_mean - mean[scale]
+                squares[scale] += n * variance + delta.square() * (count[scale] * n / (count[scale] + n))
+                mean[scale] += delta * (n / (count[scale] + n))
+                count[scale] += n
+        if not all(count):
             msg = "there are no features to measure: the training set is empty"
             raise ValueError(msg)
         for scale, n in enumerate(count):
-            mean = total[scale] / n
-            variance = (squares[scale] / n - mean.square()).clamp(min=0)
+            variance = squares[scale] / n
             least = floor * variance.mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-            self.get_buffer(f"mean_{scale}").copy_(mean)
+            self.get_buffer(f"mean_{scale}").copy_(mean[scale])
             self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
         self.get_buffer("is_fitted").fill_(value=True)
 
