@@ -88,10 +88,12 @@ def _truncate(model: nn.Module, layer: str) -> nn.Module:
     """Trace the model up to the layer; what comes after is dropped."""
     tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
     try:
-        return create_feature_extractor(model.eval(), {layer: "map"}, tracer_kwargs=tracer, suppress_diff_warning=True)
+        dual = create_feature_extractor(model.eval(), {layer: "map"}, tracer_kwargs=tracer, suppress_diff_warning=True)
     except Exception as error:  # tracing fails in as many ways as there are models
         msg = f"layer {layer!r} cannot be used: tracing the backbone up to it fails ({error})"
         raise ValueError(msg) from error
+    # the graph for training is not needed, and a module with plain graphs in it is too deep for pickle
+    return torch.fx.GraphModule(dual, dual.eval_graph)
 
 
 def check_layer(model: nn.Module, layer: str) -> None:

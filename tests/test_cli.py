@@ -37,6 +37,7 @@ SMALL_MODEL = [
         "model",
     ),
 ]
+EXPORTS = {"torch": "pt", "onnx": "onnx", "openvino": "xml"}
 QUICK = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
 
 
@@ -66,7 +67,7 @@ def test_fit_test_train_predict_and_export(run: Run, image_folder: Path, tmp_pat
     run("train", *SMALL_MODEL, *QUICK)
     run("predict", *SMALL_MODEL, *QUICK[:1], f"--ckpt_path={path}", f"--data={image_folder / 'test/blob'}", data=False)
     assert len(list((results / "latest" / "images").rglob("*.png"))) == 4
-    for kind, suffix in {"torch": "pt", "onnx": "onnx", "openvino": "xml"}.items():
+    for kind, suffix in EXPORTS.items():
         run(
             "export",
             *SMALL_MODEL,
@@ -85,11 +86,20 @@ def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> N
     name = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["backbone"]
     torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
     model.append(f"--model.weights={tmp_path / 'random.pth'}")
-    path = checkpoint(run("train", *model, "--trainer.check_val_every_n_epoch=1", *QUICK))
+    path = checkpoint(run("fit", *model, *QUICK))
     run("test", *model, f"--ckpt_path={path}")
+    run("train", *model, *QUICK)
     run("predict", *model, f"--ckpt_path={path}", f"--data={image_folder / 'test/blob'}", data=False)
-    run("export", *model, "--export_type=openvino", f"--ckpt_path={path}", f"--export_root={tmp_path}", data=False)
-    assert (tmp_path / "weights/openvino/model.xml").is_file()
+    for kind, suffix in EXPORTS.items():
+        options = [f"--export_type={kind}", f"--ckpt_path={path}", f"--export_root={tmp_path}"]
+        run("export", *model, *options, data=False)
+        assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_recipes_fix_the_seed(config: str) -> None:
+    """Without it, anomalib splits a folder anew in each command, and tests on what it trained on."""
+    assert yaml.safe_load((CONFIGS / config).read_text())["seed_everything"] == 0
 
 
 def test_console_script_knows_short_names(run: Run, image_folder: Path, tmp_path: Path) -> None:

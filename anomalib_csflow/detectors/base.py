@@ -37,7 +37,7 @@ class FlowDetector(LeanCheckpoints, ABC):
     (direct subclasses only) never finds a detector of ours in place of one of its own.
 
     A subclass passes its arguments up, then sets ``self.model`` to a :class:`FlowModel`. It must have
-    init arguments ``backbone`` and ``image_size``: anomalib rebuilds a model from its checkpoint with
+    init arguments ``backbone``, ``image_size`` and ``antialias``: anomalib rebuilds a model from its checkpoint with
     the default pre-processor, which is made from them.
     """
 
@@ -117,7 +117,7 @@ class FlowDetector(LeanCheckpoints, ABC):
         size = image_size or self.hparams["image_size"]
         size = [size, size] if isinstance(size, int) else list(size)
         mean, std = weights.normalization(self.hparams["backbone"])
-        return PreProcessor(Compose([Resize(size, antialias=True), Normalize(mean, std)]))
+        return PreProcessor(Compose([Resize(size, antialias=self.hparams["antialias"]), Normalize(mean, std)]))
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

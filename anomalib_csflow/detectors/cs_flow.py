@@ -82,6 +82,8 @@ class CSFlow(FlowDetector):
         layer: whose maps are used, such as ``blocks.5`` (the paper's: 304 channels, stride 32).
         weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
         image_size: height and width to which images are resized, or one number for both.
+        antialias: of the resizing in the engine. Exported models resize without it: where images are
+            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
         num_scales: number of image sizes, each half the one before.
         num_blocks: number of coupling blocks.
         kernel_sizes: of each block's convolutions; 3, and 5 in the last block, if not given.
@@ -124,6 +126,7 @@ class CSFlow(FlowDetector):
         layer: str = "blocks.5",
         weights: str = "hub",
         image_size: int | tuple[int, int] = 768,
+        antialias: bool = True,
         num_scales: int = 3,
         num_blocks: int = 4,
         kernel_sizes: Sequence[int] | None = None,
