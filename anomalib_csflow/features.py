@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,6 +139,21 @@ class ImagePyramid(nn.Module):
         self.num_scales = num_scales
         self.channels = [backbone.channels] * num_scales
         self.min_size = backbone.stride * 2 ** (num_scales - 1)
+        self._check_halving()
+
+    @torch.no_grad()
+    def _check_halving(self) -> None:
+        """Raise ValueError unless half the image gives half the map, as it does where borders are padded."""
+        halved = [PROBE_SIZE >> scale for scale in range(self.num_scales)]
+        probes = [side for side in halved if side >= self.backbone.stride]
+        sides = [self.backbone(torch.zeros(1, 3, side, side)).shape[2] for side in probes]
+        for finer, coarser in pairwise(sides):
+            if coarser not in {finer // 2, (finer + 1) // 2}:
+                msg = (
+                    f"layer {self.backbone.layer!r} gives maps of {sides} cells for images of {probes} pixels, which "
+                    "do not halve: choose a backbone that pads its convolutions, or num_scales=1"
+                )
+                raise ValueError(msg)
 
     def check_size(self, height: int, width: int) -> None:
         """Check that an image of this size has at least one cell at the coarsest scale.
@@ -152,11 +168,6 @@ class ImagePyramid(nn.Module):
                 f"{self.min_size}x{self.min_size}"
             )
             raise ValueError(msg)
-
-    def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Size of each scale's map for an image of this size, finest first."""
-        stride = self.backbone.stride
-        return [(math.ceil((height >> s) / stride), math.ceil((width >> s) / stride)) for s in range(self.num_scales)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the pyramid of feature maps."""

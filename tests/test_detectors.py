@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
@@ -22,6 +23,10 @@ from anomalib_csflow.weights import WeightsError
 DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CSFlow": (CSFlow, SMALL),
     "CSFlow, fused map": (CSFlow, SMALL | {"map_mode": "mean", "num_scales": 2, "standardize": False}),
+    "CSFlow, maps rounded down": (
+        CSFlow,
+        SMALL | {"backbone": "convnext_atto", "layer": "stages.2", "weights": "random"},
+    ),
     "CSFlow, transformer": (
         CSFlow,
         SMALL | {"backbone": "vit_tiny_patch16_224", "layer": "blocks.2", "weights": "random"},
@@ -102,7 +107,7 @@ def test_paper_defaults_of_the_constructor() -> None:
     assert (hparams.backbone, hparams.layer, hparams.image_size) == ("tf_efficientnet_b5.aa_in1k", "blocks.5", 768)
     assert detector.input_size == (768, 768)
     assert detector.model.features.channels == [304] * 3
-    assert detector.model.features.map_sizes(768, 768) == [(24, 24), (12, 12), (6, 6)]
+    assert detector.model.features.backbone.stride == 32  # 24x24, 12x12 and 6x6 maps
     couplings = detector.model.flow[1::2]
     assert [coupling.from_first.enter[0].kernel_size[0] for coupling in couplings] == [3, 3, 3, 5]
     assert detector.model.standardization is None
@@ -132,21 +137,27 @@ def test_inference_at_another_size_than_in_training(detector: CSFlow, size: tupl
         assert detector(torch.rand(1, 3, 400, 300)).anomaly_map.shape == (1, 1, *size)
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
-def test_grey_and_other_images(mode: str, image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "gain"), [("L", 1), ("I;16", 1), ("RGB", 1), ("RGBA", 1), ("I;16", 256)])
+def test_grey_and_16_bit_images(mode: str, gain: int, image_folder: Path, tmp_path: Path) -> None:
+    """Whatever anomalib reads; but it reads 16-bit values above 255 as white, which is said instead."""
+    folder = tmp_path / "good"
+    folder.mkdir()
     for source in sorted((image_folder / "train/good").iterdir()):
-        image = Image.open(source)
-        converted = (
-            image.convert("I").point(lambda v: v * 256).convert("I;16") if mode == "I;16" else image.convert(mode)
-        )
-        (tmp_path / "good").mkdir(exist_ok=True)
-        converted.save(tmp_path / "good" / source.name)
+        values = np.asarray(Image.open(source))
+        image = Image.fromarray(values.astype(np.uint16) * gain) if mode == "I;16" else Image.open(source).convert(mode)
+        assert image.mode == mode
+        image.save(folder / source.name)
     datamodule = Folder("grey", "good", root=tmp_path, train_batch_size=4, eval_batch_size=1, num_workers=0)
     engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
     detector = CSFlow(**SMALL, image_size=96)
+    if gain > 1:
+        with pytest.raises(UnreadableImageError, match=r"\.png has values up to .* scale it to 8 bits per channel"):
+            engine.fit(detector, datamodule=datamodule)
+        return
     engine.fit(detector, datamodule=datamodule)
-    (prediction, *_) = engine.predict(detector, data_path=tmp_path / "good")
+    (prediction, *_) = engine.predict(detector, data_path=folder)
     assert torch.isfinite(prediction.pred_score).all()
+    assert prediction.image.std() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -159,6 +170,12 @@ def test_grey_and_other_images(mode: str, image_folder: Path, tmp_path: Path) ->
         ({"layer": "block.4"}, r"no layer 'block\.4'; near names are .*blocks\.4"),
         ({"image_size": 63}, "63x63 pixels is too small for 3 scales .* the least size is 64x64"),
         ({"map_mode": "max"}, "unknown map_mode 'max': choose one of"),
+        ({"image_size": 0}, r"image_size must be positive, got \[0, 0\]"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine': choose one of constant, one_cycle"),
+        (
+            {"backbone": "inception_v4", "layer": "features.10", "weights": "random"},
+            "which do not halve: choose a backbone",
+        ),
         ({"num_blocks": 0}, "num_blocks must be 1 or more"),
         ({"num_blocks": 2, "kernel_sizes": [3]}, "one of kernel_sizes each"),
     ],
@@ -212,6 +229,24 @@ def test_gradient_clipping_is_the_papers_unless_asked(datamodule: Folder, tmp_pa
         assert max(Watched.norms) == pytest.approx(bound, rel=1e-2)
 
 
+def test_non_finite_gradient_stops_before_the_step(datamodule: Folder, tmp_path: Path) -> None:
+    class Exploding(CSFlow):
+        def on_after_backward(self) -> None:
+            if self.current_epoch == 1:
+                next(self.model.flow.parameters()).grad.fill_(float("inf"))
+
+    detector = Exploding(**SMALL, image_size=96)
+    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient became inf at epoch 1, step 3: .*model\.ckpt"):
+        engine.fit(detector, datamodule=datamodule)
+    assert all(torch.isfinite(parameter).all() for parameter in detector.model.flow.parameters())
+
+
+def test_predict_from_a_datamodule(detector: CSFlow, datamodule: Folder, tmp_path: Path) -> None:
+    predictions = Engine(accelerator="cpu", default_root_dir=tmp_path).predict(detector, datamodule=datamodule)
+    assert sum(len(batch.pred_score) for batch in predictions) == 8
+
+
 def test_folder_of_good_images_alone(image_folder: Path, tmp_path: Path) -> None:
     """The engineer's case: nothing but good images."""
     datamodule = Folder("good", image_folder / "train/good", train_batch_size=4, eval_batch_size=2, num_workers=0)
@@ -250,6 +285,21 @@ def test_unreadable_image_is_named_before_training(kind: str, image_folder: Path
     folder = broken_copy(image_folder / "train/good", tmp_path / "images", kind)
     datamodule = Folder(**folder_arguments(image_folder) | {"normal_dir": str(folder)})
     with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=datamodule
+        )
+
+
+@pytest.mark.parametrize("folder", ["normal_test_dir", "mask_dir"])
+def test_unreadable_validation_image_is_named_before_training(folder: str, image_folder: Path, tmp_path: Path) -> None:
+    arguments = folder_arguments(image_folder)
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in sorted((image_folder / str(arguments[folder])).iterdir()):
+        content = file.read_bytes()
+        (images / file.name).write_bytes(content[: len(content) // 2] if file.stem == "002" else content)
+    datamodule = Folder(**arguments | {folder: str(images)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*002\.png"):
         Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
             CSFlow(**SMALL, image_size=96), datamodule=datamodule
         )

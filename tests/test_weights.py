@@ -90,6 +90,9 @@ def test_unknown_backbones_list_near_names() -> None:
         create_backbone("resnet18.tv")
     with pytest.raises(ValueError, match=r"near names are torchvision/resnet18"):
         create_backbone("torchvision/resnet_18")
+    with pytest.raises(ValueError, match=r"near names are torchvision/resnet50\.IMAGENET1K_V"):
+        create_backbone("torchvision/resnet50.IMAGENET1K")
+    create_backbone("torchvision/resnet18.IMAGENET1K_V1", "random")
 
 
 def test_packages_that_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,11 @@ def patchcore(model: dict[str, Any]) -> AnomalibModule:
     backbone, size = model["backbone"], model["image_size"]
     if model["weights"] == "package":
         weights.install(backbone)
+    elif model["weights"] != "hub":
+        msg = f"PatchCore cannot be given the recipe's weights {model['weights']!r}: only 'package' and 'hub' reach it"
+        raise ValueError(msg)
     mean, std = weights.normalization(backbone)
-    transform = Compose([Resize([size, size], antialias=True), Normalize(mean, std)])
+    transform = Compose([Resize([size, size] if isinstance(size, int) else size, antialias=True), Normalize(mean, std)])
     return Patchcore(
         backbone, [PATCHCORE_LAYER], coreset_sampling_ratio=PATCHCORE_RATIO, pre_processor=PreProcessor(transform)
     )

@@ -1,9 +1,9 @@
 """The main path that all detectors share: images, features, latents, score. Read this first."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from anomalib import LearningType
@@ -14,7 +14,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -23,11 +23,11 @@ from anomalib_csflow.flows.pyramid import Pyramid
 
 from .checkpoints import LeanCheckpoints
 from .flow_model import FlowModel
-from .images import check_images
+from .images import check_images, image_files
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training diverged: the loss is NaN or infinite."""
+    """Training diverged: the loss or its gradient is NaN or infinite."""
 
 
 class FlowDetector(LeanCheckpoints, ABC):
@@ -52,6 +52,10 @@ class FlowDetector(LeanCheckpoints, ABC):
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
 
+    @abstractmethod
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The method's own optimizer and schedule, on the flow's parameters."""
+
     # -- what anomalib asks of a model ------------------------------------------------------------
 
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
@@ -60,7 +64,7 @@ class FlowDetector(LeanCheckpoints, ABC):
         images = cast("Tensor", batch.image)
         loss = self.mean_loss(images)
         if not torch.isfinite(loss):
-            self._stop_at_non_finite_loss(loss)
+            self._stop("the loss", loss)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 
@@ -78,20 +82,17 @@ class FlowDetector(LeanCheckpoints, ABC):
         """Exact negative log-likelihood of each image's features.
 
         Args:
-            images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as in training.
+            images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as by ``forward`` and
+                in exported models.
             bits_per_dim: give bits per dimension of the features instead of nats per image.
 
         Returns:
             ``(N,)``.
         """
         images = self.pre_processor(images) if self.pre_processor else images
-        nats = self.model.nll(images)
-        if not bits_per_dim:
-            return nats
-        height, width = images.shape[-2:]
-        sizes = self.model.features.map_sizes(height, width)
-        dims = sum(c * h * w for c, (h, w) in zip(self.model.features.channels, sizes, strict=True))
-        return scoring.bits_per_dim(nats, dims)
+        latents, log_det = self.model.flow(self.model.features(images))
+        nats = scoring.nll(latents, log_det)
+        return scoring.bits_per_dim(nats, scoring.num_dims(latents)) if bits_per_dim else nats
 
     @property
     def learning_type(self) -> LearningType:
@@ -114,8 +115,12 @@ class FlowDetector(LeanCheckpoints, ABC):
         self, image_size: tuple[int, int] | None = None
     ) -> PreProcessor:
         """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
+        weights.check_backbone(self.hparams["backbone"])
         size = image_size or self.hparams["image_size"]
         size = [size, size] if isinstance(size, int) else list(size)
+        if min(size) < 1:
+            msg = f"image_size must be positive, got {size}"
+            raise ValueError(msg)
         mean, std = weights.normalization(self.hparams["backbone"])
         return PreProcessor(Compose([Resize(size, antialias=self.hparams["antialias"]), Normalize(mean, std)]))
 
@@ -168,15 +173,15 @@ class FlowDetector(LeanCheckpoints, ABC):
     def setup(self, stage: str) -> None:
         """Check the images of a stage before any long work."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        subset = {"fit": "train_data", "test": "test_data"}.get(stage)
-        samples = getattr(getattr(datamodule, subset, None), "samples", None) if subset else None
-        if samples is not None and self.trainer.is_global_zero:
-            check_images(list(samples.image_path))
+        names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
+        if self.trainer.is_global_zero:
+            check_images([file for name in names for file in image_files(getattr(datamodule, name, None))])
 
     def on_predict_start(self) -> None:
-        """Check the images of a folder to predict."""
-        for loader in self.trainer.predict_dataloaders or ():
-            check_images(list(getattr(getattr(loader, "dataset", None), "image_filenames", ())))
+        """Check the images to predict."""
+        loaders = self.trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]  # one alone if it came from a datamodule
+        check_images([file for loader in loaders for file in image_files(getattr(loader, "dataset", None))])
 
     @torch.no_grad()
     def on_train_start(self) -> None:
@@ -205,15 +210,19 @@ class FlowDetector(LeanCheckpoints, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradient's norm as the paper does, unless the trainer was given another value."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler skips such steps itself
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.flow.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                self._stop("the gradient", norm)
         if gradient_clip_val is None:
             gradient_clip_val = self.hparams.get("gradient_clip_norm")
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def _stop_at_non_finite_loss(self, loss: Tensor) -> None:
-        callback = self.trainer.checkpoint_callback
-        saved = getattr(callback, "best_model_path", "") or "none was written yet"
+    def _stop(self, what: str, value: Tensor) -> NoReturn:
+        """Raise before the step is taken, and so before a checkpoint could hold what is not finite."""
+        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
         msg = (
-            f"the loss became {loss.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
+            f"{what} became {value.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
             f"The last good checkpoint: {saved}. Lower lr, or clip the gradient harder, or look for images that are "
             "not like the others"
         )

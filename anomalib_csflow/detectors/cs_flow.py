@@ -11,7 +11,7 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
@@ -30,6 +30,9 @@ from anomalib_csflow.weights import create_backbone
 from .base import FlowDetector
 from .cs_flow_reference import convert_reference_flow
 from .flow_model import FlowModel
+
+Schedule = Literal["constant", "one_cycle"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 class CSFlowModel(FlowModel):
@@ -98,7 +101,8 @@ class CSFlow(FlowDetector):
         eps: Adam's.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate: ``constant`` (the paper's) or ``one_cycle`` up to ``lr``.
+        schedule: of the learning rate: ``constant`` (the paper's) or ``one_cycle`` up to ``lr``, which also moves
+            Adam's first beta between 0.95 and 0.85, and on resuming is stretched to the new number of steps.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
@@ -139,7 +143,7 @@ class CSFlow(FlowDetector):
         eps: float = 1e-4,
         weight_decay: float = 1e-5,
         gradient_clip_norm: float = 1.0,
-        schedule: Literal["constant", "one_cycle"] = "constant",
+        schedule: Schedule = "constant",
         max_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -154,7 +158,11 @@ class CSFlow(FlowDetector):
         if map_mode not in scoring.MAP_MODES:
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
             raise ValueError(msg)
+        if schedule not in SCHEDULES:
+            msg = f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}"
+            raise ValueError(msg)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = weights == "random"
         features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
         if self.input_size is not None:
             features.check_size(*self.input_size)
@@ -172,9 +180,21 @@ class CSFlow(FlowDetector):
         )
         if hparams["schedule"] == "constant":
             return {"optimizer": optimizer}
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=steps)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            msg = "schedule='one_cycle' needs the number of steps: set the trainer's max_epochs or max_steps"
+            raise ValueError(msg)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a saved one-cycle schedule where it stood, and not how long it was to be."""
+        super().on_load_checkpoint(checkpoint)
+        kept = ("last_epoch", "_step_count", "_last_lr")
+        for state in checkpoint.get("lr_schedulers", []):
+            if "total_steps" in state:
+                for key in set(state) - set(kept):
+                    del state[key]
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
@@ -219,3 +239,4 @@ class CSFlow(FlowDetector):
         }
         if len(found) == len(names):
             backbone.model.load_state_dict(found)
+            self.keep_backbone = True

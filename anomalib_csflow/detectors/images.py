@@ -1,17 +1,28 @@
 """Checks of the images on disk, before any long work begins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 from rich.progress import track
+from torch.utils.data import Dataset
 
 MANY = 500  # files whose check takes seconds, and so shows its progress
+WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # what anomalib's reader clips at 255
 
 
 class UnreadableImageError(OSError):
-    """An image file is missing, empty, truncated or not an image."""
+    """An image file is missing, empty, truncated, not an image, or one that would be read as blank."""
+
+
+def image_files(dataset: Dataset[object] | None) -> Iterator[str]:
+    """Image and mask files of one of anomalib's data sets; none of those that are not of still images."""
+    suffixes = Image.registered_extensions()
+    samples = getattr(dataset, "samples", None)  # a table in data sets; PredictDataset has a list instead
+    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples] if samples is not None else []
+    for files in (*columns, getattr(dataset, "image_filenames", ())):
+        yield from (str(file) for file in files if Path(str(file)).suffix.lower() in suffixes)
 
 
 def check_images(paths: Sequence[str | Path]) -> None:
@@ -36,6 +47,13 @@ def _check_image(path: str | Path) -> None:
         with Image.open(path) as image:
             image.draft("L", (1, 1))
             image.load()
+            brightest = image.getextrema()[1] if image.mode in WIDE_MODES else 0
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         msg = f"cannot read the image {path} ({error}): repair it or take it out of the folder"
         raise UnreadableImageError(msg) from error
+    if isinstance(brightest, (int, float)) and brightest > 255:
+        msg = (
+            f"the image {path} has values up to {brightest:g}, and anomalib reads all above 255 as white: "
+            "scale it to 8 bits per channel"
+        )
+        raise UnreadableImageError(msg)
