@@ -96,7 +96,7 @@ def make_data(root: Path, seed: int = 0) -> None:
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(path)
 
     for index, name in enumerate(TEXTURES):
-        other = TEXTURES[(index + 1) % len(TEXTURES)]
+        other = TEXTURES[index - 1]  # its patches differ: stones in bricks, bricks in grass, grass in stones
         for number in range(NUM_TRAIN):
             save(crop(name, 0, TRAIN_WIDTH), name, "train", "good", f"{number:03d}.png")
         for number in range(NUM_GOOD):
@@ -130,18 +130,19 @@ def draw_pictures(name: str, root: Path, inferencer: OpenVINOInferencer, path: P
     """One row per kind of defect and a good image: image, true mask, heat map, predicted outline."""
     test = root / name / "test"
     images = [*sorted((test / "defective").iterdir())[:3], sorted((test / "good").iterdir())[0]]
+    predictions = [inferencer.predict(str(image)) for image in images]
+    heat = np.stack([np.asarray(prediction.anomaly_map).squeeze() for prediction in predictions])
     figure, axes = plt.subplots(len(images), 3, figsize=(7.5, 10), layout="constrained")
     for row, (image_path, kind) in enumerate(zip(images, ("scratch", "spot", "patch", "good"), strict=True)):
         image = np.asarray(Image.open(image_path))
         mask_path = root / name / "ground_truth" / "defective" / image_path.name
         mask = np.asarray(Image.open(mask_path)) if kind != "good" else np.zeros_like(image)
-        prediction = inferencer.predict(str(image_path))
-        heat = np.asarray(prediction.anomaly_map).squeeze()
+        prediction = predictions[row]
         extent = (0, image.shape[1], image.shape[0], 0)
         axes[row, 0].imshow(image, cmap="gray", extent=extent)
         axes[row, 1].imshow(mask, cmap="gray", extent=extent, vmin=0, vmax=255)
         axes[row, 2].imshow(image, cmap="gray", extent=extent)
-        axes[row, 2].imshow(heat, cmap="jet", alpha=0.5, extent=extent, vmin=0, vmax=1)
+        axes[row, 2].imshow(heat[row], cmap="jet", alpha=0.6, extent=extent, vmin=heat.min(), vmax=heat.max())
         axes[row, 0].set_ylabel(kind, fontsize=12)
         label = "defective" if bool(np.asarray(prediction.pred_label).squeeze()) else "good"
         axes[row, 2].set_xlabel(f"{label}, score {float(np.asarray(prediction.pred_score).squeeze()):.2f}")

@@ -100,8 +100,8 @@ def detector() -> CSFlow:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Golden tensors (golden/) and real images (data/), where the environment names their folder."""
+    """The folder above golden/, where the environment names it."""
     root = os.environ.get("ANOMALIB_CSFLOW_TEST_DATA")
     if not root:
-        pytest.skip("ANOMALIB_CSFLOW_TEST_DATA does not name a folder with golden/ and data/")
+        pytest.skip("ANOMALIB_CSFLOW_TEST_DATA does not name a folder with golden/")
     return Path(root)
