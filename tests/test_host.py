@@ -14,7 +14,7 @@ from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator
 from anomalib.models import AnomalibModule, Csflow, Padim, get_model, list_models
-from conftest import SMALL, folder_arguments
+from conftest import SMALL, folder_arguments, randomize
 from lightning.pytorch.callbacks import EarlyStopping
 
 import anomalib_csflow
@@ -249,6 +249,23 @@ def _compare(detector: CSFlow, images: list[Path], predict) -> None:  # noqa: AN
         labels.add(bool(expected.pred_label))
     assert np.ptp(scores) > 0.1  # constants would agree as well
     assert labels == {False, True}
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_engine_and_export_see_the_same_pixels_without_antialiasing(
+    antialias: bool, image_folder: Path, tmp_path: Path
+) -> None:
+    detector = CSFlow(**SMALL, image_size=64, antialias=antialias).eval()
+    randomize(detector.model.flow, scale=0.05)
+    predictions = Engine(accelerator="cpu", default_root_dir=tmp_path).predict(
+        detector, data_path=image_folder / "test/good"
+    )
+    with torch.no_grad():
+        exported = [detector(read_image(batch.image_path[0], as_tensor=True)[None]) for batch in predictions]
+    differences = [
+        (engine.pred_score - other.pred_score).abs().item() for engine, other in zip(predictions, exported, strict=True)
+    ]
+    assert (max(differences) < 1e-3) is not antialias
 
 
 @pytest.mark.parametrize("batch", [1, 4])
