@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import skimage.data
+import torch
 from anomalib.data import Folder
 from anomalib.deploy import OpenVINOInferencer
 from anomalib.engine import Engine
@@ -170,7 +171,7 @@ def run(root: Path, epochs: int = EPOCHS) -> None:
     pictures = []
     for name in TEXTURES:
         console.rule(f"[bold]{name}[/bold]: fit, test, export, predict")
-        measure.seeded(0)
+        torch.manual_seed(0)
         detector = CSFlow(
             backbone="tf_efficientnet_lite2",
             layer="blocks.5",

@@ -71,7 +71,7 @@ def check_backbone(name: str) -> None:
         ValueError: if not; the message lists near names.
     """
     if name.startswith(TORCHVISION):
-        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+        architecture, tag = _torchvision_name(name)
         known = [TORCHVISION + model for model in torchvision.models.list_models(module=torchvision.models)]
         if TORCHVISION + architecture in known and tag:
             known = [
@@ -174,10 +174,16 @@ def install(name: str) -> Path:
     return target
 
 
+def _torchvision_name(name: str) -> tuple[str, str]:
+    """Architecture and tag of ``torchvision/NAME.TAG``; the tag is empty if there is none."""
+    architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+    return architecture, tag
+
+
 def _build(name: str, *, pretrained: bool = False) -> nn.Module:
     """The architecture, with random parameters or those of the hub."""
     if name.startswith(TORCHVISION):
-        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+        architecture, tag = _torchvision_name(name)
         model: nn.Module = torchvision.models.get_model(
             architecture, weights=(tag or "DEFAULT") if pretrained else None
         )
@@ -206,7 +212,7 @@ def _from_hub(name: str) -> nn.Module:
 
 def _is_cached(name: str) -> bool:
     if name.startswith(TORCHVISION):
-        architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+        architecture, tag = _torchvision_name(name)
         url = torchvision.models.get_model_weights(architecture)[tag or "DEFAULT"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     cfg = timm.get_pretrained_cfg(name)
@@ -236,7 +242,7 @@ def _is_reachable(name: str) -> bool:
         try:
             urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()  # noqa: S310
         except urllib.error.HTTPError:  # it answered, if only that it does not like this
-            answered.set()
+            pass
         except OSError:
             return
         answered.set()

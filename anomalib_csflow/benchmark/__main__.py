@@ -76,7 +76,7 @@ def patchcore(model: dict[str, Any]) -> AnomalibModule:
 
 def measure_one(name: str, path: Path, seed: int, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
     """One row: a model on a data set with a seed."""
-    measure.seeded(seed)
+    torch.manual_seed(seed)
     arguments = {
         key: recipe["data"]["init_args"][key] for key in ("train_batch_size", "eval_batch_size", "num_workers")
     }

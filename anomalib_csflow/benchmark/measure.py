@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
@@ -80,8 +79,3 @@ def openvino_latency(model: AnomalibModule, images: Sequence[Path], root: Path) 
         inferencer.predict(str(image))
         seconds.append(time.perf_counter() - start)
     return 1e3 * statistics.median(seconds), inferencer
-
-
-def seeded(seed: int) -> None:
-    """Seed what a model's construction and training draw from."""
-    torch.manual_seed(seed)

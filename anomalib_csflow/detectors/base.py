@@ -70,7 +70,7 @@ class FlowDetector(LeanCheckpoints, ABC):
 
     def mean_loss(self, images: Tensor) -> Tensor:
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
-        latents, log_det = self.model.flow(self.model.features(images))
+        latents, log_det = self.model.latents(images)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
 
     def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
@@ -90,7 +90,7 @@ class FlowDetector(LeanCheckpoints, ABC):
             ``(N,)``.
         """
         images = self.pre_processor(images) if self.pre_processor else images
-        latents, log_det = self.model.flow(self.model.features(images))
+        latents, log_det = self.model.latents(images)
         nats = scoring.nll(latents, log_det)
         return scoring.bits_per_dim(nats, scoring.num_dims(latents)) if bits_per_dim else nats
 

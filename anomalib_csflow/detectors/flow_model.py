@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from anomalib_csflow import scoring
 from anomalib_csflow.features import ImagePyramid
 from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
+from anomalib_csflow.flows.pyramid import Pyramid
 
 
 class FlowModel(nn.Module, ABC):
@@ -29,13 +30,17 @@ class FlowModel(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images; a score depends on its own image alone."""
-        features = self.features(images)
-        latents, _ = self.flow(features, jac=False)
+        latents, _ = self.latents(images, jac=False)
         return self.score(latents, (images.shape[2], images.shape[3]))
+
+    def latents(self, images: Tensor, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
+        """Latents of each image's features, and the log-det ``(N,)`` of the flow (zeros if not ``jac``)."""
+        latents, log_det = self.flow(self.features(images), jac=jac)
+        return latents, log_det
 
     def nll(self, images: Tensor) -> Tensor:
         """Exact negative log-likelihood of each image's features in nats, ``(N,)``."""
-        return scoring.nll(*self.flow(self.features(images)))
+        return scoring.nll(*self.latents(images))
 
     @abstractmethod
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
