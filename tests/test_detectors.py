@@ -65,7 +65,7 @@ def test_loss_is_the_nll_per_dimension_less_its_constant(each: FlowDetector) -> 
     images = torch.rand(3, 3, 96, 128)
     constant = 0.5 * torch.log(torch.tensor(2 * torch.pi))
     dims = scoring.num_dims(each.model.features(images))
-    torch.testing.assert_close(each.mean_loss(images), each.model.nll(images).mean() / dims - constant)
+    torch.testing.assert_close(each.loss(each.model.features(images)), each.model.nll(images).mean() / dims - constant)
     raw = torch.rand(3, 3, 200, 170)  # nll() pre-processes, as forward() does
     nats = each.model.nll(each.pre_processor(raw))
     torch.testing.assert_close(each.nll(raw), nats)
@@ -260,7 +260,7 @@ def test_folder_of_good_images_alone(image_folder: Path, tmp_path: Path) -> None
 def test_training_step_is_what_the_engine_logs(detector: CSFlow) -> None:
     batch = ImageBatch(image=torch.rand(2, 3, 96, 128))
     detector.log = lambda *_, **__: None
-    torch.testing.assert_close(detector.training_step(batch, 0), detector.mean_loss(batch.image))
+    torch.testing.assert_close(detector.training_step(batch, 0), detector.loss(detector.model.features(batch.image)))
 
 
 def test_custom_pre_processor_is_used() -> None:

@@ -61,16 +61,19 @@ class FlowDetector(LeanCheckpoints, ABC):
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        images = cast("Tensor", batch.image)
-        loss = self.mean_loss(images)
+        loss = self.loss(self.features(batch))
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
         return loss
 
-    def mean_loss(self, images: Tensor) -> Tensor:
+    def features(self, batch: Batch[Any]) -> Pyramid:
+        """Features of a batch's images, which are pre-processed already."""
+        return self.model.features(batch.image)
+
+    def loss(self, features: Pyramid) -> Tensor:
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
-        latents, log_det = self.model.latents(images)
+        latents, log_det = self.model.transform(features)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
 
     def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
@@ -201,7 +204,7 @@ class FlowDetector(LeanCheckpoints, ABC):
             batch = self.trainer.strategy.batch_to_device(raw)
             if self.pre_processor:
                 cast("PreProcessor", self.pre_processor).on_train_batch_start(self.trainer, self, batch, index)
-            yield self.model.features(batch.image)
+            yield self.features(batch)
 
     def configure_gradient_clipping(
         self,

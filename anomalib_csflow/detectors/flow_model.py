@@ -35,7 +35,11 @@ class FlowModel(nn.Module, ABC):
 
     def latents(self, images: Tensor, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
         """Latents of each image's features, and the log-det ``(N,)`` of the flow (zeros if not ``jac``)."""
-        latents, log_det = self.flow(self.features(images), jac=jac)
+        return self.transform(self.features(images), jac=jac)
+
+    def transform(self, features: Pyramid, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
+        """Latents of features, and the log-det ``(N,)`` (zeros if not ``jac``)."""
+        latents, log_det = self.flow(features, jac=jac)
         return latents, log_det
 
     def nll(self, images: Tensor) -> Tensor:
