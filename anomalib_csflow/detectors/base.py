@@ -64,14 +64,16 @@ class FlowDetector(LeanCheckpoints, ABC):
         loss = self.loss(self.features(batch))
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(cast("Tensor", batch.image))
+        )
         return loss
 
     def features(self, batch: Batch[Any]) -> Pyramid:
         """Features of a batch's images, which are pre-processed already."""
         return self.model.features(batch.image)
 
-    def loss(self, features: Pyramid) -> Tensor:
+    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
         latents, log_det = self.model.transform(features)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
