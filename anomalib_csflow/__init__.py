@@ -9,9 +9,10 @@ from importlib.metadata import version
 
 import anomalib.models
 
+from .detectors.caching import FeatureCache
 from .detectors.cs_flow import CSFlow
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CSFlow"]
+__all__ = ["CSFlow", "FeatureCache"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

@@ -155,6 +155,10 @@ class ImagePyramid(nn.Module):
                 )
                 raise ValueError(msg)
 
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layer={self.backbone.layer!r}, num_scales={self.num_scales}"
+
     def check_size(self, height: int, width: int) -> None:
         """Check that an image of this size has at least one cell at the coarsest scale.
 
