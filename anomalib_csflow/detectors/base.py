@@ -26,6 +26,7 @@ from .caching import FeatureCache
 from .checkpoints import LeanCheckpoints
 from .flow_model import FlowModel
 from .images import check_images, image_files
+from .precision import bfloat16
 
 
 class NonFiniteLossError(RuntimeError):
@@ -65,7 +66,8 @@ class FlowDetector(LeanCheckpoints, ABC):
         """One step of maximum likelihood."""
         del batch_idx
         features = self.features(batch)
-        loss = self.loss(features)
+        with bfloat16(features[0].device, wanted=self.hparams.get("bfloat16", False)):
+            loss = self.loss(features)
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
         self.log(
