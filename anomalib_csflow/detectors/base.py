@@ -1,6 +1,6 @@
 """The main path that all detectors share: images, features, latents, score. Read this first."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_csflow import scoring, weights
 from anomalib_csflow.flows.pyramid import Pyramid
 
+from . import optimization
 from .checkpoints import LeanCheckpoints
 from .flow_model import FlowModel
 from .images import check_images, image_files
@@ -52,9 +53,16 @@ class FlowDetector(LeanCheckpoints, ABC):
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
 
-    @abstractmethod
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The method's own optimizer and schedule, on the flow's parameters."""
+        """Adam on the flow's parameters, with the detector's schedule."""
+        return optimization.adam(
+            self.model.flow.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume a schedule where it stood, over as many steps as are planned now."""
+        super().on_load_checkpoint(checkpoint)
+        optimization.forget_length(checkpoint)
 
     # -- what anomalib asks of a model ------------------------------------------------------------
 

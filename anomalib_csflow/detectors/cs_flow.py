@@ -11,15 +11,12 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
 
-import torch
 from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from anomalib_csflow import scoring
@@ -30,9 +27,7 @@ from anomalib_csflow.weights import create_backbone
 from .base import FlowDetector
 from .cs_flow_reference import convert_reference_flow
 from .flow_model import FlowModel
-
-Schedule = Literal["constant", "one_cycle"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+from .optimization import Schedule, check_schedule
 
 
 class CSFlowModel(FlowModel):
@@ -101,8 +96,8 @@ class CSFlow(FlowDetector):
         eps: Adam's.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate: ``constant`` (the paper's) or ``one_cycle`` up to ``lr``, which also moves
-            Adam's first beta between 0.95 and 0.85, and on resuming is stretched to the new number of steps.
+        schedule: of the learning rate: ``constant`` (the paper's) or another of
+            :data:`anomalib_csflow.detectors.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
@@ -158,43 +153,13 @@ class CSFlow(FlowDetector):
         if map_mode not in scoring.MAP_MODES:
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
             raise ValueError(msg)
-        if schedule not in SCHEDULES:
-            msg = f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}"
-            raise ValueError(msg)
+        check_schedule(schedule)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = weights == "random"
         features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
         if self.input_size is not None:
             features.check_size(*self.input_size)
         self.model = CSFlowModel(features, kernel_sizes, hidden_channels, clamp, standardize, map_mode)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam on the flow's parameters."""
-        hparams = self.hparams
-        optimizer = torch.optim.Adam(
-            self.model.flow.parameters(),
-            lr=hparams["lr"],
-            betas=tuple(hparams["betas"]),
-            eps=hparams["eps"],
-            weight_decay=hparams["weight_decay"],
-        )
-        if hparams["schedule"] == "constant":
-            return {"optimizer": optimizer}
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            msg = "schedule='one_cycle' needs the number of steps: set the trainer's max_epochs or max_steps"
-            raise ValueError(msg)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take from a saved one-cycle schedule where it stood, and not how long it was to be."""
-        super().on_load_checkpoint(checkpoint)
-        kept = ("last_epoch", "_step_count", "_last_lr")
-        for state in checkpoint.get("lr_schedulers", []):
-            if "total_steps" in state:
-                for key in set(state) - set(kept):
-                    del state[key]
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
