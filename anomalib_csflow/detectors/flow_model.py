@@ -7,7 +7,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
-from anomalib_csflow.features import ImagePyramid
+from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
 
@@ -23,7 +23,7 @@ class FlowModel(nn.Module, ABC):
         images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
     """
 
-    def __init__(self, features: ImagePyramid, flow: PyramidFlow) -> None:
+    def __init__(self, features: FeaturePyramid, flow: PyramidFlow) -> None:
         super().__init__()
         self.features = features
         self.flow = flow
