@@ -9,6 +9,8 @@ is a buffer; ``jac=False`` skips the log-det's work.
 from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
+from .fibers import FiberFlow
+from .parallel import ParallelFlow
 from .permutation import ScalePermutation
 from .standardization import ChannelStandardization
 
@@ -16,6 +18,8 @@ __all__ = [
     "ChannelStandardization",
     "CrossConvolution",
     "CrossScaleCoupling",
+    "FiberFlow",
+    "ParallelFlow",
     "PyramidFlow",
     "ScalePermutation",
 ]

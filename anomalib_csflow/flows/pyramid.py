@@ -34,12 +34,13 @@ def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
             raise ValueError(msg)
 
 
-def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int]) -> Pyramid:
+def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], *, halved: bool = True) -> Pyramid:
     """Check the number of scales, the channels and the sizes of a pyramid of maps.
 
     Args:
         pyramid: maps (N, C, H, W), finest first.
         channels: the channels expected at each scale.
+        halved: whether each map must be half the one before it, as layers need that look across scales.
 
     Returns:
         The maps as a tuple.
@@ -54,5 +55,6 @@ def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int]) -> Pyramid
         if level.ndim != 4 or level.shape[1] != expected:
             msg = f"scale {scale} should be (N, {expected}, H, W), got {tuple(level.shape)}"
             raise ValueError(msg)
-    check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
+    if halved:
+        check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
     return tuple(pyramid)
