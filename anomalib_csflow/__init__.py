@@ -9,9 +9,10 @@ from importlib.metadata import version
 
 import anomalib.models
 
+from .detectors.cflow import CFlow
 from .detectors.cs_flow import CSFlow
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CSFlow"]
+__all__ = ["CFlow", "CSFlow"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

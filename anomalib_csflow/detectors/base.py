@@ -69,7 +69,10 @@ class FlowDetector(LeanCheckpoints, ABC):
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        loss = self.loss(self.features(batch))
+        return self.checked(self.loss(self.features(batch)), batch)
+
+    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
+        """Log a batch's loss, and stop if it is not finite."""
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
