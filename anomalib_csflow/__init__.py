@@ -11,8 +11,9 @@ import anomalib.models
 
 from .detectors.cflow import CFlow
 from .detectors.cs_flow import CSFlow
+from .detectors.fast_flow import FastFlow
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CFlow", "CSFlow"]
+__all__ = ["CFlow", "CSFlow", "FastFlow"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

@@ -10,11 +10,11 @@ import torch
 from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import CFLOW, SMALL, folder_arguments, randomize
+from conftest import CFLOW, FAST_FLOW, SMALL, folder_arguments, randomize
 from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_csflow import CFlow, CSFlow, scoring
+from anomalib_csflow import CFlow, CSFlow, FastFlow, scoring
 from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
 from anomalib_csflow.detectors.images import UnreadableImageError
 from anomalib_csflow.flows import CrossScaleCoupling
@@ -37,6 +37,16 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
         CFLOW | {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.2"], "weights": "random"},
     ),
     "CFlow, standardized and permuted": (CFlow, CFLOW | {"standardize": True, "permute_soft": False}),
+    "FastFlow": (FastFlow, FAST_FLOW),
+    "FastFlow, transformer": (
+        FastFlow,
+        FAST_FLOW
+        | {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.2"], "weights": "random", "standardize": False},
+    ),
+    "FastFlow, borders not padded": (
+        FastFlow,
+        FAST_FLOW | {"backbone": "inception_v4", "layers": ["features.3", "features.10"], "weights": "random"},
+    ),
 }
 
 

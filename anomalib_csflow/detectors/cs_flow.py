@@ -109,6 +109,7 @@ class CSFlow(FlowDetector):
         WeightsError: if the weights cannot be had.
 
     Example:
+        >>> import torch
         >>> detector = CSFlow("tf_efficientnet_lite0", "blocks.4", "random", image_size=128,
         ...                   num_blocks=1, hidden_channels=16)
         >>> detector = detector.eval()
