@@ -12,8 +12,9 @@ import anomalib.models
 from .detectors.cflow import CFlow
 from .detectors.cs_flow import CSFlow
 from .detectors.fast_flow import FastFlow
+from .detectors.ms_flow import MSFlow
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CFlow", "CSFlow", "FastFlow"]
+__all__ = ["CFlow", "CSFlow", "FastFlow", "MSFlow"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

@@ -94,6 +94,12 @@ def likeness(latents: Tensor) -> Tensor:
     return (-0.5 * latents.square().mean(1, keepdim=True)).exp()
 
 
+def top_mean(maps: Tensor, share: float) -> Tensor:
+    """Mean of the highest values of each map ``(N, ...)``: of this share of them, and of one at least; ``(N,)``."""
+    values = maps.flatten(1)
+    return values.topk(max(int(values.shape[1] * share), 1), dim=1).values.mean(1)
+
+
 def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Bring the maps of all levels to one size bilinearly, ready to be fused.
 

@@ -10,11 +10,11 @@ import torch
 from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import CFLOW, FAST_FLOW, SMALL, folder_arguments, randomize
+from conftest import CFLOW, FAST_FLOW, MS_FLOW, SMALL, folder_arguments, randomize
 from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_csflow import CFlow, CSFlow, FastFlow, scoring
+from anomalib_csflow import CFlow, CSFlow, FastFlow, MSFlow, scoring
 from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
 from anomalib_csflow.detectors.images import UnreadableImageError
 from anomalib_csflow.flows import CrossScaleCoupling
@@ -47,6 +47,8 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
         FastFlow,
         FAST_FLOW | {"backbone": "inception_v4", "layers": ["features.3", "features.10"], "weights": "random"},
     ),
+    "MSFlow": (MSFlow, MS_FLOW),
+    "MSFlow, standardized": (MSFlow, MS_FLOW | {"standardize": True}),
 }
 
 

@@ -10,6 +10,7 @@ from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
 from .fibers import FiberFlow
+from .fusion import FusionConditioner, normalized_convolutions
 from .parallel import ParallelFlow
 from .permutation import ScalePermutation
 from .standardization import ChannelStandardization
@@ -19,7 +20,9 @@ __all__ = [
     "CrossConvolution",
     "CrossScaleCoupling",
     "FiberFlow",
+    "FusionConditioner",
     "ParallelFlow",
     "PyramidFlow",
     "ScalePermutation",
+    "normalized_convolutions",
 ]

@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 Subnet = Callable[[int, int], nn.Module]
 """Makes a network from its input and output channels."""
+
+
+def _global_scale(raw: Tensor) -> Tensor:
+    return 0.1 * F.softplus(raw, beta=0.5)
 
 
 def all_in_one_chain(
@@ -62,6 +67,7 @@ def all_in_one_chain(
             )
     np.random.set_state(state)
     for block in chain:
+        block.global_scale_activation = _global_scale  # FrEIA's lambda, which computes the same, cannot be pickled
         for name in ("w_perm", "w_perm_inv"):
             matrix = getattr(block, name).data
             delattr(block, name)
