@@ -94,10 +94,29 @@ def likeness(latents: Tensor) -> Tensor:
     return (-0.5 * latents.square().mean(1, keepdim=True)).exp()
 
 
-def top_mean(maps: Tensor, share: float) -> Tensor:
-    """Mean of the highest values of each map ``(N, ...)``: of this share of them, and of one at least; ``(N,)``."""
-    values = maps.flatten(1)
-    return values.topk(max(int(values.shape[1] * share), 1), dim=1).values.mean(1)
+def log_mean_exp(values: Tensor, dim: int) -> Tensor:
+    """Logarithm of the mean of exponentials along a dimension, which is gone; nothing over- or underflows.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([[-1000.0, -1000.0]]), 1)
+        tensor([-1000.])
+    """
+    return values.logsumexp(dim) - math.log(values.shape[dim])
+
+
+def surprise(densities: Tensor) -> Tensor:
+    """Minus the logarithm of the mean over levels of their densities, relative to some maximum.
+
+    It orders cells as the mean does, and still where a float32 difference from the maximum is the maximum.
+
+    Args:
+        densities: ``(levels, N, 1, H, W)``, 0 or more.
+
+    Returns:
+        ``(N, 1, H, W)``, finite: 0 where all are 1.
+    """
+    mean = densities.mean(0)
+    return -mean.clamp(torch.finfo(mean.dtype).tiny, torch.finfo(mean.dtype).max).log()
 
 
 def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:

@@ -1,5 +1,6 @@
 """FastFlow: the numbers of the closest published code, the paper's backbones, and any size."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def test_published_code(golden: dict) -> None:
     loss = (scoring.energy(latents) - log_det).mean()
     torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-5)
     prediction = FastFlowModel.score(None, latents, config["image_size"])
-    torch.testing.assert_close(prediction.anomaly_map, golden["anomaly_map"] + 1, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prediction.pred_score, golden["anomaly_map"].amax((1, 2, 3)) + 1, atol=1e-5, rtol=1e-5)
+    # ours is minus the logarithm of what theirs is minus of
+    torch.testing.assert_close(-(-prediction.anomaly_map).exp(), golden["anomaly_map"], atol=1e-5, rtol=1e-5)
+    published_score = golden["anomaly_map"].amax((1, 2, 3))
+    torch.testing.assert_close(-(-prediction.pred_score).exp(), published_score, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +93,12 @@ def test_no_layer_is_bound_to_a_size() -> None:
         assert detector.eval().model(torch.rand(1, 3, *size)).anomaly_map.shape == (1, 1, *size)
 
 
-def test_map_is_between_0_and_1() -> None:
-    latents = (torch.zeros(1, 4, 4, 4), torch.full((1, 4, 2, 2), 100.0))
+def test_map_fuses_levels_and_does_not_saturate() -> None:
+    latents = (torch.zeros(2, 4, 4, 4), torch.full((2, 4, 2, 2), 100.0))
     prediction = FastFlowModel.score(None, latents, (8, 8))
-    torch.testing.assert_close(prediction.anomaly_map, torch.full((1, 1, 8, 8), 0.5))
+    torch.testing.assert_close(prediction.anomaly_map, torch.full((2, 1, 8, 8), math.log(2)))
+    far = torch.stack([torch.full((4, 4, 4), 8.0), torch.full((4, 4, 4), 9.0)])
+    torch.testing.assert_close(FastFlowModel.score(None, (far,), (8, 8)).pred_score, torch.tensor([32.0, 40.5]))
 
 
 @pytest.mark.parametrize(

@@ -64,16 +64,23 @@ def test_score_and_map() -> None:
     coarse = torch.ones(2, 4, 10, 10)
     prediction = MSFlowModel.score(None, (fine, coarse), (10, 10))
     good, bad = torch.tensor([0.0, 0.5]), torch.tensor([2.0, 0.5])  # half the mean squares of both levels
-    expected = torch.stack([1 - (-bad.sum()).exp(), 1 - (-good.sum()).exp()])
-    torch.testing.assert_close(prediction.pred_score, expected)
-    torch.testing.assert_close(prediction.anomaly_map[0, 0, 0, 0], 1 - (-bad).exp().mean())
-    torch.testing.assert_close(prediction.anomaly_map[1], torch.full((1, 10, 10), 1 - float((-good).exp().mean())))
+    torch.testing.assert_close(prediction.pred_score, torch.stack([bad.sum(), good.sum()]))
+    torch.testing.assert_close(prediction.anomaly_map[0, 0, 0, 0], -(-bad).exp().mean().log())
+    torch.testing.assert_close(prediction.anomaly_map[1], torch.full((1, 10, 10), -float((-good).exp().mean().log())))
 
 
-def test_mean_of_the_highest() -> None:
-    maps = torch.arange(200.0).reshape(2, 1, 10, 10)
-    torch.testing.assert_close(scoring.top_mean(maps, 0.03), torch.tensor([98.0, 198.0]))
-    torch.testing.assert_close(scoring.top_mean(maps, 0.001), torch.tensor([99.0, 199.0]))
+def test_score_orders_as_the_published_formula() -> None:
+    latents = (torch.randn(8, 4, 20, 20), torch.randn(8, 4, 10, 10))
+    energies = scoring.upsampled(
+        [0.5 * level.square().mean(1, keepdim=True) for level in latents], (40, 40), align_corners=True
+    )
+    published = (1 - (-energies.sum(0)).exp()).flatten(1).topk(48, dim=1).values.mean(1)
+    prediction = MSFlowModel.score(None, latents, (40, 40))
+    torch.testing.assert_close(1 - (-prediction.pred_score).exp(), published)
+    torch.testing.assert_close((-prediction.anomaly_map).exp(), (-energies).exp().mean(0))
+    far = MSFlowModel.score(None, tuple(100 * level for level in latents), (40, 40))  # where 1 - exp is 1
+    assert torch.isfinite(far.anomaly_map).all()
+    assert far.pred_score.unique().numel() == 8
 
 
 @pytest.mark.parametrize(

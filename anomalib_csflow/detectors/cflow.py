@@ -105,8 +105,7 @@ class CFlowModel(FlowModel):
         excess = [level - highest for level, highest in zip(latents, self.highest, strict=True)]
         # no layer may hide what another finds: likelier than all that was seen counts as likely as that
         relative = [torch.where(self.is_measured, level.clamp(max=0), level).exp() for level in excess]
-        mean = scoring.upsampled(relative, size, align_corners=True).mean(0)
-        anomaly_map = -mean.clamp(torch.finfo(mean.dtype).tiny, torch.finfo(mean.dtype).max).log()
+        anomaly_map = scoring.surprise(scoring.upsampled(relative, size, align_corners=True))
         return InferenceBatch(pred_score=anomaly_map.amax((1, 2, 3)), anomaly_map=anomaly_map)
 
 

@@ -8,7 +8,8 @@ Differs from the published code (the authors published none: gathierry/FastFlow 
   learns a layer norm over channels, height and width: one that is bound to an image size, and that the
   likelihood does not count. Here the likelihood is exact and any size will do;
 - the loss is per dimension and not a sum over 10^5 of them;
-- the map has 1 added, so that it is 0 where all latents are 0 and never reaches 1;
+- the map is -log of the mean over layers of exp(-1/2 mean_c z^2) and not minus this mean: cells are ordered
+  alike, but defects that are far off do not all get the same score, 0 in float32;
 - permutations are seeded; any backbone and layers.
 """
 
@@ -74,8 +75,8 @@ class FastFlowModel(FlowModel):
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow] if standardize else [flow]))
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """One less the mean over layers of ``exp(-1/2 mean_c z^2)``; its maximum."""
-        anomaly_map = 1 - scoring.upsampled([scoring.likeness(level) for level in latents], size).mean(0)
+        """Minus the logarithm of the mean over layers of ``exp(-1/2 mean_c z^2)``; its maximum."""
+        anomaly_map = scoring.surprise(scoring.upsampled([scoring.likeness(level) for level in latents], size))
         return InferenceBatch(pred_score=anomaly_map.amax((1, 2, 3)), anomaly_map=anomaly_map)
 
 

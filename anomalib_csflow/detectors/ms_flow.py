@@ -6,8 +6,8 @@ for Unsupervised Anomaly Detection", IEEE TNNLS 2024, https://arxiv.org/abs/2308
 Differs from the published code:
 - likelihoods are absolute: the published maps subtract each image's own maximum, so that the scores of two
   images, or of a map's cells in two images, cannot be compared;
-- the map is one less the mean over layers of relative likelihoods (the published pixel metrics' sum); the
-  product over layers, which the image score is taken of, is not put out;
+- the map is -log of the mean over layers of these likelihoods, the score -log of the mean of the least 3 % of
+  their product: both order as the published sum and 1 - mean do, but do not round to 1 in float32;
 - the loss is per dimension and not a sum over 10^6 of them, so the bound of the gradient's norm is that of a
   mean: it catches steps that diverge and does not shorten every step;
 - log-scales of the fusion are 0.636 c atan(s / c), as in CS-Flow, and not 0.636 c atan(s);
@@ -42,7 +42,7 @@ from .flow_model import FlowModel
 from .optimization import Schedule, check_schedule
 
 TOP_SHARE = 0.03
-"""Share of the map's highest values whose mean is the image score."""
+"""Share of the cells, those least likely, that the image score is taken of."""
 
 
 class HalvedLayers(LayerPyramid):
@@ -109,12 +109,16 @@ class MSFlowModel(FlowModel):
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), *layers] if standardize else layers))
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Relative likelihoods ``exp(-1/2 mean_c z^2)``: their mean for the map, their product for the score."""
+        """Of relative likelihoods ``exp(-1/2 mean_c z^2)``: minus the logarithms of means.
+
+        The map's is over layers. The score's is of their product, over the cells where it is least.
+        """
         energies = [0.5 * level.square().mean(1, keepdim=True) for level in latents]
         maps = scoring.upsampled(energies, size, align_corners=True)
+        product = maps.sum(0).flatten(1)  # its negative logarithm
+        top = product.topk(max(int(product.shape[1] * TOP_SHARE), 1), dim=1).values
         return InferenceBatch(
-            pred_score=scoring.top_mean(1 - (-maps.sum(0)).exp(), TOP_SHARE),
-            anomaly_map=1 - (-maps).exp().mean(0),
+            pred_score=-scoring.log_mean_exp(-top, dim=1), anomaly_map=-scoring.log_mean_exp(-maps, dim=0)
         )
 
 
