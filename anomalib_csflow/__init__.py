@@ -9,12 +9,13 @@ from importlib.metadata import version
 
 import anomalib.models
 
+from .detectors.caching import FeatureCache
 from .detectors.cflow import CFlow
 from .detectors.cs_flow import CSFlow
 from .detectors.fast_flow import FastFlow
 from .detectors.ms_flow import MSFlow
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CFlow", "CSFlow", "FastFlow", "MSFlow"]
+__all__ = ["CFlow", "CSFlow", "FastFlow", "FeatureCache", "MSFlow"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

@@ -77,6 +77,10 @@ class LayerPyramid(FeaturePyramid):
         what = f"layer {backbone.layers[-1]!r} at stride {strides[-1]}"
         super().__init__(backbone, backbone.layer_channels, strides, what)
 
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layers={self.backbone.layers}, final_norm={self.backbone.final_norm}"
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the layers' maps."""
         self.check_size(images.shape[2], images.shape[3])
@@ -130,6 +134,10 @@ class ImagePyramid(FeaturePyramid):
                     "do not halve: choose a backbone that pads its convolutions, or num_scales=1"
                 )
                 raise ValueError(msg)
+
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layer={self.backbone.layer!r}, num_scales={self.num_scales}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the pyramid of feature maps."""

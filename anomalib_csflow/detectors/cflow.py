@@ -189,7 +189,7 @@ class CFlow(FlowDetector):
         self._pending: list[tuple[int, Tensor, Tensor]] = []
         self._highest = torch.full((len(features.channels),), -torch.inf)
 
-    def loss(self, features: Pyramid) -> Tensor:
+    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # see the base
         """Mean over all cells of ``-log sigmoid(log p / C)``, as :meth:`training_step` takes it of some."""
         return torch.cat([-F.logsigmoid(level).flatten() for level in self.model.log_densities(features)]).mean()
 
