@@ -101,9 +101,8 @@ class FlowDetector(LeanCheckpoints, ABC):
     def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """Score a batch; anomalib's post-processor takes thresholds from it."""
         del batch_idx
-        latents, _ = self.model.transform(self.features(batch), jac=False)
         height, width = cast("Tensor", batch.image).shape[-2:]
-        return batch.update(**self.model.score(latents, (height, width))._asdict())
+        return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
         """Exact negative log-likelihood of each image's features.

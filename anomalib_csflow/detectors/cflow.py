@@ -81,9 +81,9 @@ class CFlowModel(FlowModel):
         """The decoders of all layers, behind the standardization if there is one."""
         return cast("FiberFlow", self.flow[-1])
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images; a score depends on its own image alone."""
-        return self.score(self.log_densities(self.features(images)), (images.shape[2], images.shape[3]))
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score and the map of this size: by densities, and not by latents alone."""
+        return self.score(self.log_densities(features), size)
 
     def decoder_inputs(self, features: Pyramid) -> Pyramid:
         """The features, standardized if the flow begins so."""

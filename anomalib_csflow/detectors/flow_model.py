@@ -30,8 +30,12 @@ class FlowModel(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images; a score depends on its own image alone."""
-        latents, _ = self.latents(images, jac=False)
-        return self.score(latents, (images.shape[2], images.shape[3]))
+        return self.judge(self.features(images), (images.shape[2], images.shape[3]))
+
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score and the map of this size."""
+        latents, _ = self.transform(features, jac=False)
+        return self.score(latents, size)
 
     def latents(self, images: Tensor, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
         """Latents of each image's features, and the log-det ``(N,)`` of the flow (zeros if not ``jac``)."""
