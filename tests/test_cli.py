@@ -59,7 +59,6 @@ SMALLER = {
         "layers": "[blocks.1]",
         "num_steps": 2,
     },
-    "tf_efficientnet_lite2": {"image_size": 64},
 }
 EXPORTS = {"torch": "pt", "onnx": "onnx", "openvino": "xml"}
 QUICK = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
@@ -134,7 +133,9 @@ def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> N
 def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
     """Each recipe trains as it is, but for what needs a hub, hours or a GPU."""
     arguments_ = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]
-    changes: dict[str, object] = {"weights": tmp_path / "random.pth"} | SMALLER[arguments_["backbone"]]
+    changes: dict[str, object] = {"weights": tmp_path / "random.pth"} | SMALLER.get(
+        arguments_["backbone"], {"image_size": 64}
+    )
     name = str(changes.get("backbone", arguments_["backbone"]))
     torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
     options = [f"--config={CONFIGS / config}", *arguments(changes, "model")]
