@@ -15,8 +15,10 @@ from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_csflow import CFlow, CSFlow, FastFlow, MSFlow, scoring
+from anomalib_csflow.detectors import precision
 from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
 from anomalib_csflow.detectors.images import UnreadableImageError
+from anomalib_csflow.detectors.precision import computes_bfloat16
 from anomalib_csflow.flows import CrossScaleCoupling
 from anomalib_csflow.weights import WeightsError
 
@@ -349,3 +351,56 @@ def test_empty_or_missing_folder(exists: bool, tmp_path: Path) -> None:
         Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
             CSFlow(**SMALL, image_size=96), datamodule=Folder("none", "good", root=tmp_path)
         )
+
+
+def test_recomputed_activations_give_the_same_gradient() -> None:
+    detector = CSFlow(**SMALL, image_size=(96, 128))
+    randomize(detector.model.flow, scale=0.05)
+    features = detector.model.features(torch.rand(2, 3, 96, 128))
+    parameters = list(detector.model.flow.parameters())
+    kept = torch.autograd.grad(detector.loss(features), parameters)
+    detector.model.flow.recompute = True
+    again = torch.autograd.grad(detector.loss(features), parameters)
+    torch.testing.assert_close(again, kept)
+
+
+def test_recompute_keeps_little_between_the_passes() -> None:
+    def kept_bytes(**arguments: Any) -> int:
+        detector = CSFlow(**SMALL | {"num_blocks": 8} | arguments, image_size=128)
+        sizes = []
+        features = detector.model.features(torch.rand(4, 3, 128, 128))
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            detector.loss(features)
+        return sum(sizes)
+
+    assert kept_bytes(recompute=True) < 0.4 * kept_bytes()
+
+
+@pytest.mark.skipif(not computes_bfloat16(torch.device("cpu")), reason="the processor does not compute in bfloat16")
+def test_bfloat16_trains_as_well(datamodule: Folder, tmp_path: Path) -> None:
+    losses = {}
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        detector = CSFlow(**SMALL, image_size=(96, 128), bfloat16=wanted)
+        engine = Engine(default_root_dir=tmp_path, max_epochs=4, accelerator="cpu", enable_progress_bar=False)
+        engine.fit(detector, datamodule=datamodule)
+        losses[wanted] = float(engine.trainer.callback_metrics["train_loss_epoch"])
+        assert {parameter.dtype for parameter in detector.model.parameters()} == {torch.float32}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
+
+
+def test_bfloat16_is_left_alone_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    with precision.bfloat16(torch.device("cpu"), wanted=True):
+        assert not torch.is_autocast_enabled("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with precision.bfloat16(torch.device("cpu"), wanted=True):
+        assert torch.is_autocast_enabled("cpu")
+    with precision.bfloat16(torch.device("cpu"), wanted=False):
+        assert not torch.is_autocast_enabled("cpu")
