@@ -19,7 +19,7 @@ SIZE = (64, 96)
 DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CFlow": (CFlow, CFLOW | {"standardize": True}),
     "FastFlow": (FastFlow, FAST_FLOW),
-    "MSFlow": (MSFlow, MS_FLOW),
+    "MSFlow": (MSFlow, MS_FLOW | {"standardize": True, "lr": 3e-3}),
 }
 
 
@@ -30,7 +30,7 @@ def trained(
     """A detector trained for a moment at a size that is not the default, and its checkpoint."""
     cls, arguments = request.param
     detector = cls(**arguments, image_size=SIZE)
-    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("trained"))
+    engine = Engine(max_epochs=6, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("trained"))
     engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
     return detector.eval(), Path(engine.best_model_path)
 
@@ -40,6 +40,18 @@ def images(image_folder: Path) -> list[Path]:
     """Four images, good and defective in turn, of another size than the model's."""
     pairs = zip(*(sorted((image_folder / "test" / kind).iterdir())[:2] for kind in ("good", "blob")), strict=True)
     return [path for pair in pairs for path in pair]
+
+
+def test_training_for_a_moment_finds_defects(trained: tuple[FlowDetector, Path], image_folder: Path) -> None:
+    detector, _ = trained
+    kinds = []
+    for kind in ("good", "blob"):
+        files = sorted((image_folder / "test" / kind).iterdir())
+        pixels = detector.pre_processor(torch.stack([read_image(file, as_tensor=True) for file in files]))
+        with torch.no_grad():
+            kinds.append(detector.model(pixels).pred_score)
+    good, bad = kinds
+    assert good.max() < bad.min()
 
 
 def test_load_from_checkpoint(trained: tuple[FlowDetector, Path]) -> None:

@@ -142,6 +142,15 @@ def test_final_norm_of_a_transformer() -> None:
     torch.testing.assert_close(found.mean(1), torch.zeros(1, 14, 14), atol=1e-4, rtol=0)
 
 
+def test_what_features_are_is_told_apart() -> None:
+    """The feature cache keeps features under this, and under the weights."""
+    backbones = [
+        FrozenLayers(create_backbone("vit_tiny_patch16_224", "random"), layers, final_norm=norm)
+        for layers, norm in ((["blocks.1"], False), (["blocks.1"], True), (["blocks.0", "blocks.1"], False))
+    ]
+    assert len({LayerPyramid(backbone).extra_repr() for backbone in backbones}) == 3
+
+
 def test_a_transformer_of_one_size() -> None:
     backbone = create_backbone("cait_xxs24_224", "random")
     pyramid = LayerPyramid(FrozenLayers(backbone, ["blocks.1"], final_norm=True))
