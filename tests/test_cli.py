@@ -99,6 +99,8 @@ def test_fit_test_train_predict_and_export(model: list[str], run: Run, image_fol
     run("predict", *model, *QUICK[:1], f"--ckpt_path={path}", f"--data={image_folder / 'test/blob'}", data=False)
     assert len(list((results / "latest" / "images").rglob("*.png"))) == 4
     for kind, suffix in EXPORTS.items():
+        if kind == "onnx" and model is not SMALL_MODEL:  # a sibling's is a step of OpenVINO's, and tested by itself
+            continue
         run(
             "export",
             *model,
