@@ -26,6 +26,7 @@ class FrozenBackbone(nn.Module):
     Attributes:
         channels: of the map.
         stride: pixels of the image per cell of the map.
+        min_size: least height and width of an image that gives a cell.
 
     Shape:
         images ``(N, 3, H, W)`` to a map ``(N, channels, ceil(H / stride), ceil(W / stride))``.
@@ -68,6 +69,21 @@ class FrozenBackbone(nn.Module):
         self.channels = features.shape[1]
         if not self.is_transformer:
             self.stride = 2 ** round(math.log2(PROBE_SIZE / features.shape[2]))
+        self.min_size = self._least_size()
+
+    @torch.no_grad()
+    def _least_size(self) -> int:
+        """The stride, where borders are padded; more where a kernel must fit into what is left, as in AlexNet."""
+        fails, works = self.stride - 1, PROBE_SIZE
+        side = self.stride  # tried first: it is the answer almost always
+        while fails + 1 < works:
+            try:
+                self(torch.zeros(1, 3, side, side))
+                works = side
+            except (AssertionError, RuntimeError):
+                fails = side
+            side = (fails + works) // 2
+        return works
 
     def train(self, mode: bool = True) -> "FrozenBackbone":
         """Stay in eval mode, whatever is asked: batch-norm statistics must not drift."""
@@ -111,7 +127,7 @@ def check_layer(model: nn.Module, layer: str) -> None:
 
 
 class ImagePyramid(nn.Module):
-    """One layer of one backbone at several sizes of the image, as CS-Flow and DifferNet use it.
+    """One layer of one backbone at several sizes of the image, as CS-Flow uses it.
 
     The image is halved by nearest-neighbour sampling once per scale.
 
@@ -138,7 +154,7 @@ class ImagePyramid(nn.Module):
         self.backbone = backbone
         self.num_scales = num_scales
         self.channels = [backbone.channels] * num_scales
-        self.min_size = backbone.stride * 2 ** (num_scales - 1)
+        self.min_size = backbone.min_size * 2 ** (num_scales - 1)
         self._check_halving()
 
     @torch.no_grad()
@@ -177,3 +193,32 @@ class ImagePyramid(nn.Module):
         return tuple(
             self.backbone(images if s == 0 else F.interpolate(images, sizes[s])) for s in range(self.num_scales)
         )
+
+
+class PooledPyramid(ImagePyramid):
+    """The maps of an :class:`ImagePyramid`, averaged over their cells and joined to one vector, as DifferNet uses them.
+
+    Args:
+        backbone: applied at every scale.
+        num_scales: 1 or more.
+
+    Attributes:
+        num_features: of the vector: the channels of all scales.
+
+    Shape:
+        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest scale first.
+
+    Raises:
+        ValueError: on an image that is too small for the pyramid.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
+        super().__init__(backbone, num_scales)
+        self.num_features = sum(self.channels)
+
+    def _check_halving(self) -> None:
+        """Averages are of one cell, whatever the maps' sizes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the vector."""
+        return (torch.cat([level.mean((2, 3)) for level in super().forward(images)], dim=1),)

@@ -1,4 +1,4 @@
-"""Invertible layers over pyramids: torch and FrEIA only, no images, no anomalib.
+"""Invertible layers over pyramids of maps or vectors: torch and FrEIA only, no images, no anomalib.
 
 Every layer is a FrEIA ``InvertibleModule``. Above FrEIA's contract: inputs and outputs are tuples
 of tensors, finest scale first; the log-det is always a tensor ``(N,)`` in nats, of the direction
@@ -9,6 +9,8 @@ is a buffer; ``jac=False`` skips the log-det's work.
 from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
+from .glow_coupling import GlowCoupling
+from .perceptron import Perceptron
 from .permutation import ScalePermutation
 from .standardization import ChannelStandardization
 
@@ -16,6 +18,8 @@ __all__ = [
     "ChannelStandardization",
     "CrossConvolution",
     "CrossScaleCoupling",
+    "GlowCoupling",
+    "Perceptron",
     "PyramidFlow",
     "ScalePermutation",
 ]
