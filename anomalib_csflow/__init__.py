@@ -10,8 +10,9 @@ from importlib.metadata import version
 import anomalib.models
 
 from .detectors.cs_flow import CSFlow
+from .detectors.differ_net import DifferNet
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CSFlow"]
+__all__ = ["CSFlow", "DifferNet"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

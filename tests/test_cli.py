@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from conftest import folder_arguments
 
 from anomalib_csflow import cli
+from anomalib_csflow.weights import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Run = Callable[..., Path]
@@ -49,9 +49,16 @@ def run(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def run(command: str, *options: str, data: bool = True) -> Path:
         folder = ["--data=anomalib.data.Folder", *arguments(folder_arguments(image_folder), "data")] if data else []
         AnomalibCLI([command, *options, *folder])
-        return tmp_path / "results" / "CSFlow"
+        return tmp_path / "results" / model_name(options)
 
     return run
+
+
+def model_name(options: Sequence[str]) -> str:
+    """The class of the model that a command names, in a recipe or by itself."""
+    named = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    config = yaml.safe_load(Path(named["config"]).read_text()) if "config" in named else {}
+    return str(named.get("model") or config["model"]["class_path"]).rpartition(".")[2]
 
 
 def checkpoint(results: Path) -> Path:
@@ -79,12 +86,15 @@ def test_fit_test_train_predict_and_export(run: Run, image_folder: Path, tmp_pat
         assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("cs_flow*.yaml")))
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> None:
-    """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, width, size and epochs."""
-    model = [f"--config={CONFIGS / config}", "--model.hidden_channels=8", "--model.image_size=128"]
-    name = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["backbone"]
-    torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
+    """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, depth, width, size and epochs."""
+    recipe = yaml.safe_load((CONFIGS / config).read_text())["model"]
+    name, size = recipe["init_args"]["backbone"], 256 if "alexnet" in recipe["init_args"]["backbone"] else 128
+    model = [f"--config={CONFIGS / config}", "--model.hidden_channels=8", f"--model.image_size={size}"]
+    if "num_test_rotations" in recipe["init_args"]:  # exporting takes longest, and as long as the graph is deep
+        model += ["--model.num_scales=1", "--model.num_blocks=1", "--model.num_test_rotations=2"]
+    torch.save(create_backbone(name, "random").state_dict(), tmp_path / "random.pth")
     model.append(f"--model.weights={tmp_path / 'random.pth'}")
     path = checkpoint(run("fit", *model, *QUICK))
     run("test", *model, f"--ckpt_path={path}")
