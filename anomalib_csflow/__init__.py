@@ -11,8 +11,9 @@ import anomalib.models
 
 from .detectors.cs_flow import CSFlow
 from .detectors.differ_net import DifferNet
+from .detectors.real_nvp import RealNVP
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CSFlow", "DifferNet"]
+__all__ = ["CSFlow", "DifferNet", "RealNVP"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

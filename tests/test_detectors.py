@@ -14,7 +14,7 @@ from conftest import SMALL, folder_arguments, randomize
 from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_csflow import CSFlow, DifferNet, scoring
+from anomalib_csflow import CSFlow, DifferNet, RealNVP, scoring
 from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
 from anomalib_csflow.detectors.images import UnreadableImageError
 from anomalib_csflow.flows import CrossScaleCoupling
@@ -36,8 +36,13 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
         DifferNet,
         SMALL | {"num_test_rotations": 1, "fixed_train_rotations": True, "standardize": False},
     ),
+    "RealNVP": (RealNVP, SMALL),
+    "RealNVP, transformer": (
+        RealNVP,
+        SMALL | {"backbone": "vit_tiny_patch16_224", "layer": "blocks.2", "weights": "random", "standardize": False},
+    ),
 }
-WITHOUT_MAPS = (DifferNet,)
+WITHOUT_MAPS = (DifferNet, RealNVP)
 """Detectors whose forward gives the image score alone."""
 
 

@@ -1,6 +1,7 @@
 """The flow contract: every layer, every shape, in float64, with random parameters."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,7 +16,10 @@ from anomalib_csflow.flows import (
     CrossConvolution,
     CrossScaleCoupling,
     GlowCoupling,
+    MaskedCoupling,
+    Perceptron,
     PyramidFlow,
+    ResidualConvolutions,
     ScalePermutation,
 )
 
@@ -78,6 +82,12 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
 }
 VECTORS: dict[str, Dims] = {"a vector": [(6,)], "a vector, odd": [(5,)]}
 VECTOR_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    "masked coupling": lambda dims: PyramidFlow(
+        [
+            MaskedCoupling(dims, conditioner=partial(Perceptron, hidden_features=4, num_hidden=2), swap=swap)
+            for swap in (False, True)
+        ]
+    ),
     "Glow coupling": lambda dims: GlowCoupling(dims, hidden_features=4, clamp=1.9),
     "permutation": lambda dims: ScalePermutation(dims, seed=7),
     "standardization": standardization,
@@ -85,10 +95,25 @@ VECTOR_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
         [standardization(dims), ScalePermutation(dims, seed=0), GlowCoupling(dims, hidden_features=4, num_hidden=1)]
     ),
 }
+MAP: dict[str, Dims] = {"a map": [(2, 4, 6)], "a map, odd": [(3, 3, 5)]}
+MAP_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    f"masked coupling, {mask}": lambda dims, mask=mask: PyramidFlow(
+        [
+            MaskedCoupling(
+                dims,
+                conditioner=partial(ResidualConvolutions, hidden_channels=3, num_blocks=1),
+                mask=mask,
+                swap=swap,
+            )
+            for swap in (False, True)
+        ]
+    )
+    for mask in ("halves", "checkerboard")
+}
 
 CASES = {
     f"{name}, {shape}": (build, dims)
-    for layers, shapes in ((LAYERS, PYRAMIDS), (VECTOR_LAYERS, VECTORS))
+    for layers, shapes in ((LAYERS, PYRAMIDS), (VECTOR_LAYERS, VECTORS), (MAP_LAYERS, MAP))
     for (name, build), (shape, dims) in product(layers.items(), shapes.items())
 }
 
@@ -174,8 +199,9 @@ def test_every_parameter_gets_a_gradient(layer: nn.Module, pyramid: tuple[Tensor
 @pytest.mark.parametrize(
     ("build", "dims"),
     [(build, PYRAMIDS["three scales, halves rounded up"]) for build in LAYERS.values()]
-    + [(build, VECTORS["a vector"]) for build in VECTOR_LAYERS.values()],
-    ids=[*LAYERS, *(f"{name}, a vector" for name in VECTOR_LAYERS)],
+    + [(build, VECTORS["a vector"]) for build in VECTOR_LAYERS.values()]
+    + [(build, MAP["a map"]) for build in MAP_LAYERS.values()],
+    ids=[*LAYERS, *(f"{name}, a vector" for name in VECTOR_LAYERS), *MAP_LAYERS],
 )
 def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module], dims: Dims) -> None:
     layer = randomize(build(dims)).double()
@@ -297,6 +323,11 @@ def test_layers_of_vectors_refuse_other_inputs() -> None:
         GlowCoupling([(1,)])
     with pytest.raises(ValueError, match="one vector of two features or more"):
         GlowCoupling([(4, 2, 2)])
+    conditioner = partial(Perceptron, hidden_features=2, num_hidden=1)
+    with pytest.raises(ValueError, match="a mask of checkerboard needs one tensor that it can split"):
+        MaskedCoupling([(4,)], conditioner=conditioner, mask="checkerboard")
+    with pytest.raises(ValueError, match="a mask of halves needs one tensor that it can split"):
+        MaskedCoupling([(1,)], conditioner=conditioner)
     for layer in (GlowCoupling([(4,)], hidden_features=2), ScalePermutation([(4,)], seed=0)):
         with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 3\)"):
             layer([torch.zeros(2, 3)])

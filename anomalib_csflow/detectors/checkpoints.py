@@ -16,7 +16,16 @@ from .flow_model import FlowModel
 CHECKPOINT_KEY = "anomalib_csflow"
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
-STRUCTURE = ("backbone", "layer", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "standardize")
+STRUCTURE = (
+    "backbone",
+    "layer",
+    "num_scales",
+    "num_blocks",
+    "kernel_sizes",
+    "hidden_channels",
+    "standardize",
+    "num_hidden",
+)
 """Arguments that say what tensors there are: a checkpoint's and the detector's must be the same."""
 
 

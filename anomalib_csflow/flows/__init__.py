@@ -10,8 +10,10 @@ from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
 from .glow_coupling import GlowCoupling
+from .masked_coupling import MaskedCoupling
 from .perceptron import Perceptron
 from .permutation import ScalePermutation
+from .pixel_flow import PixelFlow, ResidualConvolutions
 from .standardization import ChannelStandardization
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "CrossConvolution",
     "CrossScaleCoupling",
     "GlowCoupling",
+    "MaskedCoupling",
     "Perceptron",
+    "PixelFlow",
     "PyramidFlow",
+    "ResidualConvolutions",
     "ScalePermutation",
 ]
