@@ -25,6 +25,11 @@ SMALL = {
     "schedule": "one_cycle",
 }
 
+LAYERS = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2", "blocks.4"], "weights": "package"}
+CFLOW = LAYERS | {"num_blocks": 2, "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
+FAST_FLOW = LAYERS | {"num_steps": 2, "lr": 1e-3, "schedule": "one_cycle"}
+MS_FLOW = LAYERS | {"num_blocks": [1, 2], "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
+
 
 def randomize(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """Draw every parameter: a zero-initialised flow is the identity and proves nothing."""
@@ -46,6 +51,12 @@ def texture(generator: np.random.Generator, height: int, width: int) -> np.ndarr
 def _seed() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Features go to a folder of the test run's own."""
+    os.environ["ANOMALIB_CSFLOW_CACHE"] = str(tmp_path_factory.mktemp("feature_cache"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from anomalib.engine import Engine
 from conftest import SMALL, folder_arguments, randomize
 from torchvision.transforms.v2 import functional as transforms
 
-from anomalib_csflow import DifferNet
+from anomalib_csflow import DifferNet, RealNVP
 from anomalib_csflow.detectors.checkpoints import CheckpointError
 from anomalib_csflow.detectors.rotations import rotate_all, rotate_each
 
@@ -70,20 +70,44 @@ def test_a_score_is_the_mean_over_the_fixed_views(differ_net: DifferNet) -> None
 
 def test_views_in_training(differ_net: DifferNet) -> None:
     images = torch.rand(2, 3, 64, 64)
-    named = list(differ_net.training_views(images))
-    assert [name for name, _ in named] == ["rotated at random"] * 2
-    assert not torch.equal(named[0][1], named[1][1])
-    assert not torch.equal(named[0][1], next(differ_net.training_views(images))[1])
+    first, second = (differ_net.turned_at_random(images) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert differ_net.features(ImageBatch(image=images))[0].shape[0] == 4
     fixed = DifferNet(**TINY | {"fixed_train_rotations": True}, image_size=64)
-    named = list(fixed.training_views(images))
-    assert [name for name, _ in named] == ["rotated by 0 degrees", "rotated by 180 degrees"]
-    torch.testing.assert_close(named[1][1], torch.rot90(images, 2, (2, 3)))
+    views = (images, torch.rot90(images, 2, (2, 3)))
     (features,) = fixed.features(ImageBatch(image=images))
-    torch.testing.assert_close(features, torch.cat([fixed.model.features(view)[0] for _, view in named]))
+    torch.testing.assert_close(features, torch.cat([fixed.model.features(view)[0] for view in views]))
+    assert fixed.cached_views == ("turned by 0 degrees", "turned by 180 degrees")
+
+
+def test_only_fixed_views_are_cached(
+    datamodule: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ANOMALIB_CSFLOW_CACHE", str(tmp_path / "cache"))
+
+    def calls_of_the_backbone(fixed: bool) -> int:
+        torch.manual_seed(0)
+        detector = DifferNet(**TINY | {"fixed_train_rotations": fixed, "num_scales": 1}, image_size=64)
+        sizes: list[int] = []
+        detector.model.features.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+        trainer = {"max_epochs": 3, "limit_val_batches": 0, "accelerator": "cpu", "default_root_dir": tmp_path}
+        Engine(**trainer).fit(detector, datamodule=datamodule)
+        assert torch.isfinite(next(detector.model.flow.parameters())).all()
+        return sum(sizes)
+
+    images, views = 12, 2
+    # the same features as RealNVP's, which would be taken for known
+    engine = Engine(max_epochs=1, limit_val_batches=0, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(RealNVP(**SMALL, image_size=64), datamodule=datamodule)
+    assert calls_of_the_backbone(fixed=True) == images * views
+    assert calls_of_the_backbone(fixed=True) == 0
+    with caplog.at_level(logging.INFO):
+        assert calls_of_the_backbone(fixed=False) == 4 * images * views  # with the standardization's
+    assert "DifferNet changes images at random" in caplog.text
 
 
 def test_black_is_black_before_normalization(differ_net: DifferNet) -> None:
-    (_, view), *_ = differ_net.training_views(torch.ones(1, 3, 64, 64))
+    view = differ_net.turned_at_random(torch.ones(1, 3, 64, 64))
     black = differ_net.pre_processor.transform.transforms[1](torch.zeros(3, 1, 1)).flatten()
     assert set(view[0, 0].unique().tolist()) <= {1.0, black[0].item()}
     assert (view == 1).any()

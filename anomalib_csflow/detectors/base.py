@@ -13,6 +13,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
@@ -22,9 +23,11 @@ from anomalib_csflow import scoring, weights
 from anomalib_csflow.flows.pyramid import Pyramid
 
 from . import optimization
+from .caching import FeatureCache
 from .checkpoints import LeanCheckpoints
 from .flow_model import FlowModel
 from .images import check_images, image_files
+from .precision import bfloat16
 
 
 class NonFiniteLossError(RuntimeError):
@@ -43,6 +46,12 @@ class FlowDetector(LeanCheckpoints, ABC):
     """
 
     model: FlowModel
+    feature_cache: FeatureCache | None = None  # while one is in use
+
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """Names of the fixed views of an image whose features training needs; none if it sees others in every step."""
+        return ("",)
 
     def __init__(
         self,
@@ -69,17 +78,27 @@ class FlowDetector(LeanCheckpoints, ABC):
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        loss = self.loss(self.features(batch))
+        features = self.features(batch)
+        with bfloat16(features[0].device, wanted=self.hparams.get("bfloat16", False)):
+            loss = self.loss(features)
+        return self.checked(loss, batch)
+
+    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
+        """Log a batch's loss, and stop if it is not finite."""
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=batch.batch_size)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(cast("Tensor", batch.image))
+        )
         return loss
 
     def features(self, batch: Batch[Any]) -> Pyramid:
-        """Features of a batch's images, which are pre-processed already."""
-        return self.model.features(batch.image)
+        """Features of a batch's images, which are pre-processed already: while fitting, from the cache."""
+        if self.feature_cache is None:
+            return self.model.features(batch.image)
+        return self.feature_cache.features(batch, self.model.features, self.trainer)
 
-    def loss(self, features: Pyramid) -> Tensor:
+    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
         latents, log_det = self.model.transform(features)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
@@ -87,7 +106,8 @@ class FlowDetector(LeanCheckpoints, ABC):
     def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """Score a batch; anomalib's post-processor takes thresholds from it."""
         del batch_idx
-        return batch.update(**self.model(batch.image)._asdict())
+        height, width = cast("Tensor", batch.image).shape[-2:]
+        return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
         """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
@@ -147,6 +167,12 @@ class FlowDetector(LeanCheckpoints, ABC):
             test_metrics=[*defaults.test_metrics],
         )
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's components, and a feature cache unless the trainer has one already."""
+        callbacks = [*cast("list[Callback]", super().configure_callbacks())]
+        is_given = any(isinstance(callback, FeatureCache) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return callbacks if is_given else [*callbacks, FeatureCache()]
+
     # -- export -----------------------------------------------------------------------------------
 
     def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
@@ -186,7 +212,9 @@ class FlowDetector(LeanCheckpoints, ABC):
         datamodule = getattr(self.trainer, "datamodule", None)
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         if self.trainer.is_global_zero:
-            check_images([file for name in names for file in image_files(getattr(datamodule, name, None))])
+            files = [file for name in names for file in image_files(getattr(datamodule, name, None))]
+            cache = self.feature_cache
+            check_images([file for file in files if cache is None or not cache.holds(file)])
 
     def on_predict_start(self) -> None:
         """Check the images to predict."""

@@ -40,6 +40,7 @@ class CSFlowModel(FlowModel):
         clamp: bound of the couplings' log-scales.
         standardize: begin with a layer that standardizes each channel.
         map_mode: how scales make a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
+        recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class CSFlowModel(FlowModel):
         clamp: float,
         standardize: bool,
         map_mode: scoring.MapMode,
+        *,
+        recompute: bool = False,
     ) -> None:
         # only the channels count: the couplings take maps of any size
         side = 2 ** (features.num_scales - 1)
@@ -60,7 +63,7 @@ class CSFlowModel(FlowModel):
             layers.append(
                 CrossScaleCoupling(dims, hidden_channels=hidden_channels, kernel_size=kernel_size, clamp=clamp)
             )
-        super().__init__(features, PyramidFlow(layers))
+        super().__init__(features, PyramidFlow(layers, recompute=recompute))
         self.map_mode = map_mode
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
@@ -98,6 +101,10 @@ class CSFlow(FlowDetector):
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
         schedule: of the learning rate: ``constant`` (the paper's) or another of
             :data:`anomalib_csflow.detectors.optimization.Schedule`.
+        bfloat16: train the flow's convolutions in bfloat16 where the device computes in it (AMX, AVX512-BF16, GPUs
+            from Ampere on); log-dets, losses and scores stay in float32.
+        recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
+            num_blocks, for about a third more time.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
@@ -140,6 +147,8 @@ class CSFlow(FlowDetector):
         weight_decay: float = 1e-5,
         gradient_clip_norm: float = 1.0,
         schedule: Schedule = "constant",
+        bfloat16: bool = False,
+        recompute: bool = False,
         max_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -160,7 +169,9 @@ class CSFlow(FlowDetector):
         features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
         if self.input_size is not None:
             features.check_size(*self.input_size)
-        self.model = CSFlowModel(features, kernel_sizes, hidden_channels, clamp, standardize, map_mode)
+        self.model = CSFlowModel(
+            features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
+        )
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None

@@ -10,9 +10,9 @@ Differs from the published code:
 - any backbone, layer, number of scales, number of views and image size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -41,6 +41,10 @@ NO_MAP = (
     "The exported DifferNet gives the image score and no anomaly map: the map is a gradient with respect to the image. "
     "For maps, predict in the engine with localize=True."
 )
+
+
+def _view_name(angle: float) -> str:
+    return f"turned by {angle:g} degrees"
 
 
 class DifferNetModel(FlowModel):
@@ -226,23 +230,37 @@ class DifferNet(FlowDetector):
 
     # -- views ------------------------------------------------------------------------------------
 
-    def training_views(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The views of a training step: a name, which says whether a view's features can be kept, and its images.
-
-        ``rotated by A degrees`` is the same view of an image in every step, ``rotated at random`` another in each.
-        """
-        black = self.model.get_buffer("black")
-        for angle in fixed_angles(self.hparams["num_train_rotations"]):
-            if self.hparams["fixed_train_rotations"]:
-                yield f"rotated by {angle:g} degrees", rotate_all(images, torch.tensor([angle]).to(images), black)
-            else:
-                degrees = images.new_empty(len(images)).uniform_(-180, 180)
-                yield "rotated at random", rotate_each(images, degrees, black)
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """The training's fixed views, if it has them: random ones cannot be kept."""
+        if not self.hparams["fixed_train_rotations"]:
+            return ()
+        return tuple(_view_name(angle) for angle in fixed_angles(self.hparams["num_train_rotations"]))
 
     def features(self, batch: Batch[Any]) -> Pyramid:
-        """Features of every view of a batch's images, ``(V * N, D)``."""
-        views = [self.model.features(images) for _, images in self.training_views(batch.image)]  # type: ignore[arg-type]
+        """Features of the views of a training step, ``(V * N, D)``."""
+        images, count = cast("Tensor", batch.image), self.hparams["num_train_rotations"]
+        if self.hparams["fixed_train_rotations"]:
+            views = [self.view_features(batch, angle) for angle in fixed_angles(count)]
+        else:
+            views = [self.model.features(self.turned_at_random(images)) for _ in range(count)]
         return tuple(torch.cat(level) for level in zip(*views, strict=True))
+
+    def view_features(self, batch: Batch[Any], angle: float) -> Pyramid:
+        """Features of a batch's images, turned by a fixed angle: while fitting, from the cache."""
+
+        def compute(images: Tensor) -> Pyramid:
+            turned = rotate_all(images, torch.tensor([angle]).to(images), self.model.get_buffer("black"))
+            return self.model.features(turned)
+
+        if self.feature_cache is None:
+            return compute(cast("Tensor", batch.image))
+        return self.feature_cache.features(batch, compute, self.trainer, _view_name(angle))
+
+    def turned_at_random(self, images: Tensor) -> Tensor:
+        """Each image turned by an angle of its own."""
+        degrees = images.new_empty(len(images)).uniform_(-180, 180)
+        return rotate_each(images, degrees, self.model.get_buffer("black"))
 
     # -- maps, in the engine alone ----------------------------------------------------------------
 
@@ -250,7 +268,7 @@ class DifferNet(FlowDetector):
         """Score a batch, with maps if they are asked for."""
         del batch_idx
         predict = self.model.localize if self.hparams["localize"] else self.model
-        return batch.update(**predict(batch.image)._asdict())  # type: ignore[arg-type]
+        return batch.update(**predict(cast("Tensor", batch.image))._asdict())
 
     def test_step(self, batch: Batch[Any], batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch, with maps if they are asked for."""

@@ -7,7 +7,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
-from anomalib_csflow.features import ImagePyramid
+from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
 
@@ -25,15 +25,19 @@ class FlowModel(nn.Module, ABC):
         images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
     """
 
-    def __init__(self, features: ImagePyramid, flow: PyramidFlow) -> None:
+    def __init__(self, features: FeaturePyramid, flow: PyramidFlow) -> None:
         super().__init__()
         self.features = features
         self.flow = flow
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images; a score depends on its own image alone."""
-        latents, _ = self.latents(images, jac=False)
-        return self.score(latents, (images.shape[2], images.shape[3]))
+        return self.judge(self.features(self.views(images)), (images.shape[2], images.shape[3]))
+
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score and the map of this size."""
+        latents, _ = self.transform(features, jac=False)
+        return self.score(latents, size)
 
     def views(self, images: Tensor) -> Tensor:
         """What of each image goes through the backbone: the image itself."""

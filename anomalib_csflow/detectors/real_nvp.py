@@ -25,6 +25,7 @@ from torch import Tensor
 from anomalib_csflow import scoring
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
 from anomalib_csflow.flows import ChannelStandardization, MaskedCoupling, Perceptron, PyramidFlow
+from anomalib_csflow.flows.pyramid import Pyramid
 from anomalib_csflow.weights import create_backbone
 
 from .base import FlowDetector
@@ -52,11 +53,10 @@ class RealNVPModel(FlowModel):
         layers += [MaskedCoupling(dims, conditioner=conditioner, swap=block % 2 == 1) for block in range(num_blocks)]
         super().__init__(features, PyramidFlow(layers))
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images; a score depends on its own image alone."""
-        latents, log_det = self.latents(images)
-        nats = scoring.nll(latents, log_det) / scoring.num_dims(latents)
-        return self.score((nats,), (images.shape[2], images.shape[3]))
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score, which is their likelihood and so takes the log-det too."""
+        latents, log_det = self.transform(features)
+        return self.score((scoring.nll(latents, log_det) / scoring.num_dims(latents),), size)
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """The negative log-likelihood in nats per feature, which stands for the latents here; no map."""

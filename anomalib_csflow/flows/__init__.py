@@ -9,8 +9,11 @@ is a buffer; ``jac=False`` skips the log-det's work.
 from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
+from .fibers import FiberFlow
+from .fusion import FusionConditioner, normalized_convolutions
 from .glow_coupling import GlowCoupling
 from .masked_coupling import MaskedCoupling
+from .parallel import ParallelFlow
 from .perceptron import Perceptron
 from .permutation import ScalePermutation
 from .pixel_flow import PixelFlow, ResidualConvolutions
@@ -20,11 +23,15 @@ __all__ = [
     "ChannelStandardization",
     "CrossConvolution",
     "CrossScaleCoupling",
+    "FiberFlow",
+    "FusionConditioner",
     "GlowCoupling",
     "MaskedCoupling",
+    "ParallelFlow",
     "Perceptron",
     "PixelFlow",
     "PyramidFlow",
     "ResidualConvolutions",
     "ScalePermutation",
+    "normalized_convolutions",
 ]

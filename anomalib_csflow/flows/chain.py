@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from FrEIA.modules import InvertibleModule
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 from .pyramid import Pyramid
 
@@ -15,6 +16,8 @@ class PyramidFlow(nn.ModuleList):
 
     Args:
         layers: invertible layers whose inputs and outputs are pyramids of the same shapes.
+        recompute: keep only each layer's input for the backward pass and compute the rest again there: memory
+            hardly grows with the number of layers, for about a third more time.
 
     Shape:
         a tuple of maps to a tuple of maps of the same shapes, and a log-det ``(N,)`` in nats.
@@ -28,14 +31,21 @@ class PyramidFlow(nn.ModuleList):
         >>> features, log_det_back = flow(latents, rev=True)
     """
 
-    def __init__(self, layers: Sequence[InvertibleModule]) -> None:
+    def __init__(self, layers: Sequence[InvertibleModule], *, recompute: bool = False) -> None:
         super().__init__(layers)
+        self.recompute = recompute
 
     def forward(self, x_or_z: Iterable[Tensor], rev: bool = False, jac: bool = True) -> tuple[Pyramid, Tensor]:
         """Transform a pyramid; returns the maps and the summed log-det (zeros if not ``jac``)."""
         pyramid = tuple(x_or_z)
         total = pyramid[0].new_zeros(pyramid[0].shape[0])
         for layer in reversed(self) if rev else self:
-            pyramid, log_det = layer(pyramid, rev=rev, jac=jac)
+            if self.recompute and is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+                # nothing in a layer is random, so no generator's state need be kept
+                pyramid, log_det = checkpoint(
+                    layer, pyramid, rev=rev, jac=jac, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                pyramid, log_det = layer(pyramid, rev=rev, jac=jac)
             total = total + log_det
         return pyramid, total

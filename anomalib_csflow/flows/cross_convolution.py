@@ -5,12 +5,14 @@ https://arxiv.org/abs/2110.02855, section 3.2 and figure 4.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .pyramid import Pyramid
+from .windows import convolve, convolve_resized, lay_out
 
 NEGATIVE_SLOPE = 0.1
 
@@ -61,21 +63,27 @@ class CrossConvolution(nn.Module):
         super().__init__()
         links = len(in_channels) - 1
         hidden = hidden_channels
-        self.enter = nn.ModuleList(SameConv2d(c, hidden, kernel_size) for c in in_channels)
-        self.leave = nn.ModuleList(SameConv2d(hidden, c, kernel_size) for c in out_channels)
+        self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, kernel_size)) for c in in_channels)
+        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, kernel_size)) for c in out_channels)
         # up[i] leads from scale i + 1 to scale i, down[i] from scale i to scale i + 1
-        self.up = nn.ModuleList(SameConv2d(hidden, out_channels[i], kernel_size) for i in range(links))
-        self.down = nn.ModuleList(SameConv2d(hidden, out_channels[i + 1], kernel_size, stride=2) for i in range(links))
+        self.up = nn.ModuleList(
+            lay_out(SameConv2d(hidden, c, kernel_size), resized=True) for c in list(out_channels)[:links]
+        )
+        self.down = nn.ModuleList(lay_out(SameConv2d(hidden, c, kernel_size, stride=2)) for c in list(out_channels)[1:])
         self.gamma = nn.Parameter(torch.zeros(len(in_channels)))
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Map a pyramid to a pyramid of the same sizes."""
-        hidden = [F.leaky_relu(conv(level), NEGATIVE_SLOPE) for conv, level in zip(self.enter, pyramid, strict=True)]
-        outputs = [conv(level) for conv, level in zip(self.leave, hidden, strict=True)]
-        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            finer, coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]
-            raised = F.interpolate(hidden[i + 1], size=finer, mode="bilinear", align_corners=False)
-            outputs[i] = outputs[i] + up(raised)
+        enter, leave, up, down = (
+            cast("list[nn.Conv2d]", list(convs)) for convs in (self.enter, self.leave, self.up, self.down)
+        )
+        entered = (convolve(level, conv) for conv, level in zip(enter, pyramid, strict=True))
+        hidden = [F.leaky_relu(level, NEGATIVE_SLOPE) for level in entered]
+        outputs = [convolve(level, conv) for conv, level in zip(leave, hidden, strict=True)]
+        for i in range(len(up)):
+            (height, width), coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]
+            outputs[i] = outputs[i] + convolve_resized(hidden[i + 1], (height, width), up[i])
             # ceil(size / 2) as it comes; the crop serves maps that were halved by rounding down
-            outputs[i + 1] = outputs[i + 1] + down(hidden[i])[..., : coarser[0], : coarser[1]]
-        return tuple(gamma * output for gamma, output in zip(self.gamma, outputs, strict=True))
+            outputs[i + 1] = outputs[i + 1] + convolve(hidden[i], down[i])[..., : coarser[0], : coarser[1]]
+        # in the parameters' precision, whatever that of the convolutions: these become log-scales and shifts
+        return tuple(gamma * output.to(gamma.dtype) for gamma, output in zip(self.gamma, outputs, strict=True))

@@ -82,7 +82,7 @@ class CrossScaleCoupling(InvertibleModule):
         build = conditioner or partial(CrossConvolution, hidden_channels=hidden_channels, kernel_size=kernel_size)
         self.from_first = build([u + c for u, c in zip(first, conditions, strict=True)], [2 * v for v in second])
         self.from_second = build([v + c for v, c in zip(second, conditions, strict=True)], [2 * u for u in first])
-        self.first = first
+        self.first, self.second = first, second
         self.clamp = clamp
 
     def forward(
@@ -94,8 +94,11 @@ class CrossScaleCoupling(InvertibleModule):
         if len(conditions) != len(self.dims_c):
             msg = f"expected {len(self.dims_c)} conditions, got {len(conditions)}"
             raise ValueError(msg)
-        first = tuple(level[:, :half] for level, half in zip(pyramid, self.first, strict=True))
-        second = tuple(level[:, half:] for level, half in zip(pyramid, self.first, strict=True))
+        # split and not sliced: the gradient of a slice is filled up with zeros, in another memory layout
+        first, second = zip(
+            *(level.split([u, v], dim=1) for level, u, v in zip(pyramid, self.first, self.second, strict=True)),
+            strict=True,
+        )
 
         transform = self._inverse if rev else self._forward
         first, second, log_scales = transform(first, second, conditions)

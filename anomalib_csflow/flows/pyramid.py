@@ -34,13 +34,14 @@ def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
             raise ValueError(msg)
 
 
-def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], ndim: int = 4) -> Pyramid:
+def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], ndim: int = 4, *, halved: bool = True) -> Pyramid:
     """Check the number of scales, the channels and the sizes of a pyramid of maps or vectors.
 
     Args:
         pyramid: maps (N, C, H, W), finest first, or vectors (N, D).
         channels: the channels expected at each scale.
         ndim: 4 for maps, 2 for vectors.
+        halved: whether each map must be half the one before it, as layers need that look across scales.
 
     Returns:
         The levels as a tuple.
@@ -56,6 +57,6 @@ def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], ndim: int 
             shape = f"(N, {expected}, H, W)" if ndim == 4 else f"(N, {expected})"
             msg = f"scale {scale} should be {shape}, got {tuple(level.shape)}"
             raise ValueError(msg)
-    if ndim == 4:
+    if halved and ndim == 4:
         check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
     return tuple(pyramid)

@@ -58,7 +58,7 @@ class ChannelStandardization(InvertibleModule):
         mean = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]
         squares = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]  # of deviations, summed
         for pyramid in pyramids:
-            for scale, level in enumerate(check_pyramid(pyramid, self.channels, self.ndim)):
+            for scale, level in enumerate(check_pyramid(pyramid, self.channels, self.ndim, halved=False)):
                 # merged over batches as Chan et al. (1983) do; in float64 on the CPU, which not every device has
                 variance, batch_mean = (
                     v.cpu().double() for v in torch.var_mean(level.float(), (0, *range(2, self.ndim)), correction=0)
@@ -83,7 +83,7 @@ class ChannelStandardization(InvertibleModule):
     ) -> tuple[Pyramid, Tensor]:
         """Standardize, or with ``rev`` undo it."""
         del c
-        pyramid = check_pyramid(tuple(x_or_z), self.channels, self.ndim)
+        pyramid = check_pyramid(tuple(x_or_z), self.channels, self.ndim, halved=False)
         output = []
         log_det = pyramid[0].new_zeros(pyramid[0].shape[0])
         for scale, level in enumerate(pyramid):

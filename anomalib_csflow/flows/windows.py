@@ -1,0 +1,149 @@
+"""Convolutions of small maps by the way that is fastest on a processor, forward and backward.
+
+A convolution library brings weights into a layout of its own, and their gradients back. Where a map has few
+positions that takes longer than the products, and one matrix product with the map's windows is faster. On
+other devices, and in graphs that are compiled or exported, all of this is the plain convolution.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F  # noqa: N812
+
+FEW_POSITIONS = 1024
+"""Positions N * H * W below which one matrix product beats the convolution (benchmarks/coupling.py)."""
+
+MANY_CHANNELS = 256
+"""Input channels from which multiplying before resizing beats resizing before the convolution."""
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolve ``(N, C, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""
+    stride = conv.stride[0]
+    few = x.shape[0] * x.shape[2] * x.shape[3] < FEW_POSITIONS
+    if _is_plain(x) or not (few or stride > 1):
+        return conv(x)
+    dtype = _product_dtype(x)
+    weight = conv.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
+    rows = _Gather.apply(x.to(dtype).permute(0, 2, 3, 1), weight, conv.kernel_size[0], stride)
+    return (rows + _bias(conv, dtype)).permute(0, 3, 1, 2)
+
+
+def convolve_resized(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tensor:
+    """Resize ``(N, C, H, W)`` bilinearly to a larger size and convolve it with stride 1.
+
+    Resizing acts on positions and a kernel's matrices on channels, so they commute: the products with each
+    matrix are made on the small map, then resized, then added up at their places. For twice the size that
+    is a quarter of the products.
+    """
+    if _is_plain(x) or conv.in_channels < MANY_CHANNELS:
+        return convolve(F.interpolate(x, size=size, mode="bilinear", align_corners=False), conv)
+    dtype = _product_dtype(x)
+    weight = conv.weight.to(dtype).permute(2, 3, 0, 1).flatten(0, 2)
+    taps = (x.to(dtype).permute(0, 2, 3, 1) @ weight.t()).permute(0, 3, 1, 2)
+    taps = F.interpolate(taps, size=size, mode="bilinear", align_corners=False)
+    rows = _Spread.apply(taps.permute(0, 2, 3, 1), conv.kernel_size[0])
+    return (rows + _bias(conv, dtype)).permute(0, 3, 1, 2)
+
+
+def lay_out(conv: nn.Conv2d, *, resized: bool = False) -> nn.Conv2d:
+    """Store a convolution's weight in the order that the products want; its shape stays."""
+    order = (2, 3, 0, 1) if resized and conv.in_channels >= MANY_CHANNELS else (0, 2, 3, 1)
+    back = [order.index(dim) for dim in range(4)]
+    conv.weight.data = conv.weight.data.permute(order).contiguous().permute(back)
+    return conv
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _bias(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor | float:
+    return 0.0 if conv.bias is None else conv.bias.to(dtype)
+
+
+def _windows(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Windows of zero-padded ``(N, H, W, C)``: ``(N, ceil(H / stride), ceil(W / stride), k * k * C)``."""
+    n, height, width, channels = x.shape
+    before, after = (kernel_size - 1) // 2, kernel_size // 2
+    padded = F.pad(x, (0, 0, before, after, before, after))
+    of_n, of_row, of_column, of_channel = padded.stride()
+    return padded.as_strided(
+        (n, -(-height // stride), -(-width // stride), kernel_size, kernel_size, channels),
+        (of_n, stride * of_row, stride * of_column, of_row, of_column, of_channel),
+    ).flatten(3)
+
+
+def _add_windows(windows: Tensor, size: tuple[int, int], kernel_size: int, stride: int) -> Tensor:
+    """The adjoint of :func:`_windows`: each window is added to a map of ``size`` at its place."""
+    n, rows, columns, _ = windows.shape
+    height, width = size
+    before = (kernel_size - 1) // 2
+    windows = windows.unflatten(-1, (kernel_size, kernel_size, -1))
+    padded = windows.new_zeros(n, height + kernel_size - 1, width + kernel_size - 1, windows.shape[-1])
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride] += windows[:, :, :, i, j]
+    return padded[:, before : before + height, before : before + width]
+
+
+class _Gather(Function):
+    """Windows of ``(N, H, W, C)`` times a weight ``(out_channels, k * k * C)``.
+
+    The windows are made again in the backward pass: kept, they would be k * k times the map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kernel_size: int, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.window = kernel_size, stride
+        return _windows(x, kernel_size, stride) @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = _add_windows(gradient @ weight, x.shape[1:3], *ctx.window)
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient.flatten(0, 2).t() @ _windows(x, *ctx.window).flatten(0, 2)
+        return of_x, of_weight, None, None
+
+
+class _Spread(Function):
+    """Sum of a convolution's taps ``(N, H, W, k * k * C)``.
+
+    Tap (i, j) of a position belongs to the output that has the position at (i, j) of its window.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, taps: Tensor, kernel_size: int) -> Tensor:
+        ctx.kernel_size = kernel_size
+        n, height, width, _ = taps.shape
+        taps = taps.unflatten(-1, (kernel_size, kernel_size, -1))
+        last = kernel_size - 1
+        padded = taps.new_zeros(n, height + last, width + last, taps.shape[-1])
+        for i in range(kernel_size):
+            for j in range(kernel_size):
+                padded[:, last - i : last - i + height, last - j : last - j + width] += taps[:, :, :, i, j]
+        after = kernel_size // 2
+        return padded[:, after : after + height, after : after + width]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        last, after = ctx.kernel_size - 1, ctx.kernel_size // 2
+        n, height, width, channels = gradient.shape
+        padded = F.pad(gradient, (0, 0, after, last - after, after, last - after))
+        taps = gradient.new_empty(n, height, width, ctx.kernel_size, ctx.kernel_size, channels)
+        for i in range(ctx.kernel_size):
+            for j in range(ctx.kernel_size):
+                taps[:, :, :, i, j] = padded[:, last - i : last - i + height, last - j : last - j + width]
+        return taps.flatten(3), None
