@@ -113,6 +113,7 @@ class FrozenBackbone(FrozenLayers):
         layer: as given.
         channels: of the map.
         stride: pixels of the image per cell of the map.
+        min_size: least height and width of an image that gives a cell.
 
     Shape:
         images ``(N, 3, H, W)`` to a map ``(N, channels, ceil(H / stride), ceil(W / stride))``.
@@ -126,6 +127,21 @@ class FrozenBackbone(FrozenLayers):
         self.layer = layer
         self.channels = self.layer_channels[0]
         self.stride = self.layer_strides[0]
+        self.min_size = self.fixed_size or self._least_size()
+
+    @torch.no_grad()
+    def _least_size(self) -> int:
+        """The stride, where borders are padded; more where a kernel must fit into what is left, as in AlexNet."""
+        fails, works = self.stride - 1, PROBE_SIZE
+        side = self.stride  # tried first: it is the answer almost always
+        while fails + 1 < works:
+            try:
+                self(torch.zeros(1, 3, side, side))
+                works = side
+            except (AssertionError, RuntimeError):
+                fails = side
+            side = (fails + works) // 2
+        return works
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the layer's map."""

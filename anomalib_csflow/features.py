@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .backbones import PROBE_SIZE, FrozenBackbone, FrozenLayers
 
-__all__ = ["FeaturePyramid", "FrozenBackbone", "FrozenLayers", "ImagePyramid", "LayerPyramid"]
+__all__ = ["FeaturePyramid", "FrozenBackbone", "FrozenLayers", "ImagePyramid", "LayerPyramid", "PooledPyramid"]
 
 
 class FeaturePyramid(nn.Module):
@@ -88,7 +88,7 @@ class LayerPyramid(FeaturePyramid):
 
 
 class ImagePyramid(FeaturePyramid):
-    """One layer of one backbone at several sizes of the image, as CS-Flow and DifferNet use it.
+    """One layer of one backbone at several sizes of the image, as CS-Flow uses it.
 
     The image is halved by nearest-neighbour sampling once per scale.
 
@@ -119,6 +119,7 @@ class ImagePyramid(FeaturePyramid):
             what=f"{num_scales} scales of layer {backbone.layer!r} at stride {backbone.stride}",
         )
         self.num_scales = num_scales
+        self.min_size = backbone.min_size * 2 ** (num_scales - 1)
         self._check_halving()
 
     @torch.no_grad()
@@ -147,3 +148,32 @@ class ImagePyramid(FeaturePyramid):
         return tuple(
             self.backbone(images if s == 0 else F.interpolate(images, sizes[s])) for s in range(self.num_scales)
         )
+
+
+class PooledPyramid(ImagePyramid):
+    """The maps of an :class:`ImagePyramid`, averaged over their cells and joined to one vector, as DifferNet uses them.
+
+    Args:
+        backbone: applied at every scale.
+        num_scales: 1 or more.
+
+    Attributes:
+        num_features: of the vector: the channels of all scales.
+
+    Shape:
+        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest scale first.
+
+    Raises:
+        ValueError: on an image that is too small for the pyramid.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
+        super().__init__(backbone, num_scales)
+        self.num_features = sum(self.channels)
+
+    def _check_halving(self) -> None:
+        """Averages are of one cell, whatever the maps' sizes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the vector."""
+        return (torch.cat([level.mean((2, 3)) for level in super().forward(images)], dim=1),)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from conftest import folder_arguments
 
 from anomalib_csflow import cli
+from anomalib_csflow.weights import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Run = Callable[..., Path]
@@ -38,10 +38,13 @@ SMALL_MODEL = [
     ),
 ]
 LAYERS = {"backbone": "tf_efficientnet_lite0", "layers": "[blocks.2,blocks.4]", "weights": "package"}
+LAYER = {"backbone": "tf_efficientnet_lite0", "layer": "blocks.4", "weights": "package", "hidden_channels": 8}
 SIBLINGS: dict[str, dict[str, object]] = {
     "CFlow": LAYERS | {"image_size": "[64,96]", "num_blocks": 1, "condition_channels": 16},
     "FastFlow": LAYERS | {"image_size": "[64,96]", "num_steps": 2},
     "MSFlow": LAYERS | {"image_size": "[64,96]", "num_blocks": "[1,1]", "condition_channels": 16},
+    "DifferNet": LAYER | {"image_size": "[64,96]", "num_blocks": 1, "num_scales": 1, "num_test_rotations": 2},
+    "RealNVP": LAYER | {"image_size": "[64,96]", "num_blocks": 2},
 }
 SMALL_MODELS = {"CSFlow": SMALL_MODEL} | {
     name: [f"--model=anomalib_csflow.{name}", *arguments(options, "model")] for name, options in SIBLINGS.items()
@@ -59,6 +62,9 @@ SMALLER = {
         "layers": "[blocks.1]",
         "num_steps": 2,
     },
+    "tf_efficientnet_lite2": {"image_size": 128},
+    "torchvision/alexnet": {"image_size": 256, "hidden_channels": 8, "num_test_rotations": 4},
+    "tf_efficientnet_b4.aa_in1k": {"backbone": "tf_efficientnet_lite0", "image_size": 64},
 }
 EXPORTS = {"torch": "pt", "onnx": "onnx", "openvino": "xml"}
 QUICK = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
@@ -117,7 +123,7 @@ def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> N
     """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, width, size and epochs."""
     model = [f"--config={CONFIGS / config}", "--model.hidden_channels=8", "--model.image_size=128"]
     name = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["backbone"]
-    torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
+    torch.save(create_backbone(name, "random").state_dict(), tmp_path / "random.pth")
     model.append(f"--model.weights={tmp_path / 'random.pth'}")
     path = checkpoint(run("fit", *model, *QUICK))
     run("test", *model, f"--ckpt_path={path}")
@@ -139,7 +145,7 @@ def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
         arguments_["backbone"], {"image_size": 64}
     )
     name = str(changes.get("backbone", arguments_["backbone"]))
-    torch.save(timm.create_model(name).state_dict(), tmp_path / "random.pth")
+    torch.save(create_backbone(name, "random").state_dict(), tmp_path / "random.pth")
     options = [f"--config={CONFIGS / config}", *arguments(changes, "model")]
     path = checkpoint(run("fit", *options, *QUICK))
     assert torch.load(path, weights_only=True)["anomalib_csflow"]["structure"]["backbone"] == name

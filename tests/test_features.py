@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from anomalib_csflow.features import FrozenBackbone, FrozenLayers, ImagePyramid, LayerPyramid
+from anomalib_csflow.features import FrozenBackbone, FrozenLayers, ImagePyramid, LayerPyramid, PooledPyramid
 from anomalib_csflow.weights import create_backbone
 
 BACKBONES = [
@@ -91,6 +91,26 @@ def test_too_small_an_image_says_the_least_size() -> None:
         pyramid(torch.zeros(1, 3, 200, 127))
     with pytest.raises(ValueError, match="num_scales must be 1 or more"):
         ImagePyramid(pyramid.backbone, 0)
+
+
+def test_pooled_pyramid_is_the_average_of_each_map() -> None:
+    backbone = FrozenBackbone(create_backbone("tf_efficientnet_lite0", "package"), "blocks.4")
+    images = torch.rand(2, 3, 130, 190)
+    pooled = PooledPyramid(backbone, num_scales=2)
+    (vector,) = pooled(images)
+    expected = [level.mean((2, 3)) for level in ImagePyramid(backbone, num_scales=2)(images)]
+    torch.testing.assert_close(vector, torch.cat(expected, dim=1))
+    assert vector.shape == (2, pooled.num_features)
+    torch.testing.assert_close(pooled(images[1:])[0], vector[1:])
+
+
+def test_least_size_of_a_backbone_that_does_not_pad() -> None:
+    """AlexNet's poolings need 63 pixels for one cell at stride 32, and its maps do not halve."""
+    pyramid = PooledPyramid(FrozenBackbone(create_backbone("torchvision/alexnet", "random"), "features.12"), 3)
+    assert pyramid.num_features == 3 * 256
+    assert pyramid(torch.zeros(1, 3, 252, 448))[0].shape == (1, 768)
+    with pytest.raises(ValueError, match="the least size is 252x252"):
+        pyramid(torch.zeros(1, 3, 251, 448))
 
 
 @pytest.mark.parametrize(

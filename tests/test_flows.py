@@ -1,7 +1,8 @@
 """The flow contract: every layer, every shape, in float64, with random parameters."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ from anomalib_csflow.flows import (
     CrossScaleCoupling,
     FiberFlow,
     FusionConditioner,
+    GlowCoupling,
+    MaskedCoupling,
     ParallelFlow,
+    Perceptron,
     PyramidFlow,
+    ResidualConvolutions,
     ScalePermutation,
 )
 
-Dims = list[tuple[int, int, int]]
+Dims = list[tuple[int, ...]]
 
 PYRAMIDS: dict[str, Dims] = {
     "one scale": [(4, 3, 3)],
@@ -94,18 +99,61 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "fibers": lambda dims: FiberFlow(dims, num_blocks=2, condition_channels=4),
     "fibers, permuted": lambda dims: FiberFlow(dims, num_blocks=2, condition_channels=8, permute_soft=False),
 }
+VECTORS: dict[str, Dims] = {"a vector": [(6,)], "a vector, odd": [(5,)]}
+VECTOR_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    "masked coupling": lambda dims: PyramidFlow(
+        [
+            MaskedCoupling(dims, conditioner=partial(Perceptron, hidden_features=4, num_hidden=2), swap=swap)
+            for swap in (False, True)
+        ]
+    ),
+    "Glow coupling": lambda dims: GlowCoupling(dims, hidden_features=4, clamp=1.9),
+    "permutation": lambda dims: ScalePermutation(dims, seed=7),
+    "standardization": standardization,
+    "chain": lambda dims: PyramidFlow(
+        [standardization(dims), ScalePermutation(dims, seed=0), GlowCoupling(dims, hidden_features=4, num_hidden=1)]
+    ),
+}
+MAP: dict[str, Dims] = {"a map": [(2, 4, 6)], "a map, odd": [(3, 3, 5)]}
+MAP_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    f"masked coupling, {mask}": lambda dims, mask=mask: PyramidFlow(
+        [
+            MaskedCoupling(
+                dims,
+                conditioner=partial(ResidualConvolutions, hidden_channels=3, num_blocks=1),
+                mask=mask,
+                swap=swap,
+            )
+            for swap in (False, True)
+        ]
+    )
+    for mask in ("halves", "checkerboard")
+}
+
+CASES = {
+    f"{name}, {shape}": (build, dims)
+    for layers, shapes in ((LAYERS, PYRAMIDS), (VECTOR_LAYERS, VECTORS), (MAP_LAYERS, MAP))
+    for (name, build), (shape, dims) in product(layers.items(), shapes.items())
+}
 
 
-@pytest.fixture(params=PYRAMIDS.values(), ids=PYRAMIDS.keys())
-def dims(request: pytest.FixtureRequest) -> Dims:
-    """Shapes of a pyramid."""
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> tuple[Callable[[Dims], nn.Module], Dims]:
+    """A layer's constructor, and shapes that it takes."""
     return request.param
 
 
-@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
-def layer(request: pytest.FixtureRequest, dims: Dims) -> nn.Module:
+@pytest.fixture
+def dims(case: tuple[Callable[[Dims], nn.Module], Dims]) -> Dims:
+    """Shapes of a pyramid of maps or vectors."""
+    return case[1]
+
+
+@pytest.fixture
+def layer(case: tuple[Callable[[Dims], nn.Module], Dims]) -> nn.Module:
     """A layer with random parameters, in float64."""
-    layer = randomize(request.param(dims)).double()
+    build, dims = case
+    layer = randomize(build(dims)).double()
     for module in layer.modules():
         if hasattr(module, "w_perm"):  # rotations are drawn in float32: make them orthogonal in float64 too
             matrix = torch.linalg.qr(module.w_perm.flatten(1)).Q.reshape(module.w_perm.shape)
@@ -172,15 +220,19 @@ def test_every_parameter_gets_a_gradient(layer: nn.Module, pyramid: tuple[Tensor
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
-def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module]) -> None:
-    dims = PYRAMIDS["three scales, halves rounded up"]
-    other_seed = [(c, h, w) for c, h, w in dims]
+@pytest.mark.parametrize(
+    ("build", "dims"),
+    [(build, PYRAMIDS["three scales, halves rounded up"]) for build in LAYERS.values()]
+    + [(build, VECTORS["a vector"]) for build in VECTOR_LAYERS.values()]
+    + [(build, MAP["a map"]) for build in MAP_LAYERS.values()],
+    ids=[*LAYERS, *(f"{name}, a vector" for name in VECTOR_LAYERS), *MAP_LAYERS],
+)
+def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module], dims: Dims) -> None:
     layer = randomize(build(dims)).double()
     for name, buffer in layer.named_buffers():  # as if drawn with another seed
         if "permutation" in name:
             buffer.copy_(buffer.flip(0))
-    rebuilt = build(other_seed).double()
+    rebuilt = build(dims).double()
     rebuilt.load_state_dict(layer.state_dict())
     pyramid = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in dims)
     torch.testing.assert_close(rebuilt(pyramid), layer(pyramid), atol=0, rtol=0)
@@ -329,6 +381,23 @@ def test_layers_refuse_other_inputs(shapes: list[tuple[int, ...]], message: str)
     coupling = CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], hidden_channels=2)
     with pytest.raises(ValueError, match=message):
         coupling([torch.zeros(shape) for shape in shapes])
+
+
+def test_layers_of_vectors_refuse_other_inputs() -> None:
+    with pytest.raises(ValueError, match="one vector of two features or more"):
+        GlowCoupling([(1,)])
+    with pytest.raises(ValueError, match="one vector of two features or more"):
+        GlowCoupling([(4, 2, 2)])
+    conditioner = partial(Perceptron, hidden_features=2, num_hidden=1)
+    with pytest.raises(ValueError, match="a mask of checkerboard needs one tensor that it can split"):
+        MaskedCoupling([(4,)], conditioner=conditioner, mask="checkerboard")
+    with pytest.raises(ValueError, match="a mask of halves needs one tensor that it can split"):
+        MaskedCoupling([(1,)], conditioner=conditioner)
+    for layer in (GlowCoupling([(4,)], hidden_features=2), ScalePermutation([(4,)], seed=0)):
+        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 3\)"):
+            layer([torch.zeros(2, 3)])
+        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 4, 1, 1\)"):
+            layer([torch.zeros(2, 4, 1, 1)])
 
 
 def test_conditions_are_counted() -> None:

@@ -48,6 +48,11 @@ class FlowDetector(LeanCheckpoints, ABC):
     model: FlowModel
     feature_cache: FeatureCache | None = None  # while one is in use
 
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """Names of the fixed views of an image whose features training needs; none if it sees others in every step."""
+        return ("",)
+
     def __init__(
         self,
         pre_processor: PreProcessor | bool,
@@ -105,7 +110,7 @@ class FlowDetector(LeanCheckpoints, ABC):
         return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
-        """Exact negative log-likelihood of each image's features.
+        """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
 
         Args:
             images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as by ``forward`` and
@@ -117,7 +122,7 @@ class FlowDetector(LeanCheckpoints, ABC):
         """
         images = self.pre_processor(images) if self.pre_processor else images
         latents, log_det = self.model.latents(images)
-        nats = scoring.nll(latents, log_det)
+        nats = self.model.per_image(scoring.nll(latents, log_det))
         return scoring.bits_per_dim(nats, scoring.num_dims(latents)) if bits_per_dim else nats
 
     @property

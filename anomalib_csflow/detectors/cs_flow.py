@@ -190,23 +190,7 @@ class CSFlow(FlowDetector):
         Raises:
             ValueError: if the tensors do not fit this detector's scales, blocks or widths.
         """
-        flow = self.model.flow
-        offset = 0 if self.model.standardization is None else 1
-        converted = convert_reference_flow(state_dict, permutations)
-        own = {key: value for key, value in flow.state_dict().items() if int(key.partition(".")[0]) >= offset}
-        renamed = {}
-        for key, value in converted.items():
-            index, _, rest = key.partition(".")
-            renamed[f"{int(index) + offset}.{rest}"] = value
-        wrong = [key for key in own if key not in renamed or renamed[key].shape != own[key].shape]
-        if wrong or len(own) != len(renamed):
-            msg = (
-                f"the reference weights have {len(renamed)} tensors, this detector's flow {len(own)}"
-                + (f", and {wrong[0]!r} does not fit" if wrong else "")
-                + ": give the number of blocks, the channels and the kernel sizes that it was trained with"
-            )
-            raise ValueError(msg)
-        flow.load_state_dict(renamed, strict=False)
+        self.model.load_flow(convert_reference_flow(state_dict, permutations))
         backbone = self.model.features.backbone
         names = backbone.model.state_dict()
         found = {
