@@ -10,12 +10,13 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator
 from anomalib.models import AnomalibModule, Csflow, Padim, get_model, list_models
 from conftest import SMALL, folder_arguments, randomize
 from lightning.pytorch.callbacks import EarlyStopping
+from torchvision.transforms.v2.functional import resize
 
 import anomalib_csflow
 from anomalib_csflow import CSFlow
@@ -288,6 +289,40 @@ def test_exported_graphs_take_any_batch(
 def test_export_drops_what_is_not_used(exported: dict[str, Path], trained: tuple[CSFlow, Path]) -> None:
     parameters = sum(p.numel() for p in trained[0].model.parameters())
     assert exported["openvino"].with_suffix(".bin").stat().st_size < 4 * parameters + 100_000
+
+
+@pytest.mark.parametrize("input_size", [None, SIZE], ids=["any size", "fixed size"])
+def test_8_bit_models_are_calibrated_with_good_images_alone(
+    input_size: tuple[int, int] | None, trained: tuple[CSFlow, Path], image_folder: Path, tmp_path: Path
+) -> None:
+    import openvino
+
+    detector = CSFlow(**SMALL, image_size=SIZE)  # without thresholds, as good images alone leave it
+    detector.model.load_state_dict(trained[0].model.state_dict())
+    good = Folder(name="good", root=image_folder, normal_dir="train/good", val_split_mode="none", num_workers=0)
+    path = Engine(accelerator="cpu", default_root_dir=tmp_path).export(
+        detector.eval(),
+        ExportType.OPENVINO,
+        tmp_path,
+        input_size=input_size,
+        compression_type=CompressionType.INT8_PTQ,
+        datamodule=good,
+    )
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    pixels = torch.stack([read_image(path, as_tensor=True) for path in sorted((image_folder / "test").rglob("*.png"))])
+    pixels = resize(pixels, list(SIZE), antialias=False)
+    with torch.no_grad():
+        expected = detector(pixels).pred_score
+    found = torch.tensor(np.array([model(image[None].numpy())["pred_score"].item() for image in pixels]))
+    assert float(torch.corrcoef(torch.stack([expected.double(), found.double()]))[0, 1]) > 0.95
+    assert float(found.max() / found.min()) > 1.2  # a cut-off range would make them all alike
+    parameters = sum(p.numel() for p in detector.model.parameters())
+    assert path.with_suffix(".bin").stat().st_size < 0.35 * 4 * parameters
+
+
+def test_8_bit_models_need_images(detector: CSFlow, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="INT8_PTQ measures activations on training images"):
+        detector._post_training_quantization_ov(model=None)
 
 
 def test_metrics_see_what_the_host_monitors(datamodule: Folder) -> None:

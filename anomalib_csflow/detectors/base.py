@@ -2,7 +2,6 @@
 
 from abc import ABC
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -25,6 +24,7 @@ from anomalib_csflow.flows.pyramid import Pyramid
 from . import optimization
 from .caching import FeatureCache
 from .checkpoints import LeanCheckpoints
+from .exports import FlowExports
 from .flow_model import FlowModel
 from .images import check_images, image_files
 from .precision import bfloat16
@@ -34,7 +34,7 @@ class NonFiniteLossError(RuntimeError):
     """Training diverged: the loss or its gradient is NaN or infinite."""
 
 
-class FlowDetector(LeanCheckpoints, ABC):
+class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     """What every detector of this package does in anomalib's engine.
 
     It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
@@ -172,38 +172,6 @@ class FlowDetector(LeanCheckpoints, ABC):
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
         is_given = any(isinstance(callback, FeatureCache) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return callbacks if is_given else [*callbacks, FeatureCache()]
-
-    # -- export -----------------------------------------------------------------------------------
-
-    def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX; see ``AnomalibModule.to_onnx``.
-
-        The default operator set is the one that torch's exporter writes: anomalib's default of 14 makes
-        it try a conversion down, which fails after a page of warnings and changes nothing.
-        """
-        kwargs.setdefault("opset_version", 18)
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export the whole module; see ``AnomalibModule.to_torch``.
-
-        The exported flow is frozen: the inferencer does not switch gradients off, and would keep all
-        activations for them.
-        """
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad = False
-        try:
-            return super().to_torch(export_root, model_file_name)
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad = True
 
     # -- training ---------------------------------------------------------------------------------
 

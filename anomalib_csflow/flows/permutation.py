@@ -52,7 +52,7 @@ class ScalePermutation(InvertibleModule):
         orders = [self.get_buffer(f"permutation_{scale}") for scale in range(len(pyramid))]
         if rev:
             orders = [torch.argsort(order) for order in orders]
-        permuted = tuple(level[:, order] for level, order in zip(pyramid, orders, strict=True))
+        permuted = tuple(level.index_select(1, order) for level, order in zip(pyramid, orders, strict=True))
         return permuted, pyramid[0].new_zeros(pyramid[0].shape[0])
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -1,0 +1,132 @@
+"""Exports: what anomalib's own miss for flows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from torch import Tensor
+from torch.utils.data import RandomSampler
+from torchvision.transforms.v2.functional import resize
+
+CALIBRATION_IMAGES = 300
+"""Images that measure the ranges of activations for 8-bit models: what NNCF takes at most by default."""
+
+
+class FlowExports(AnomalibModule):
+    """Exports of detectors: frozen torch modules, ONNX, OpenVINO and its 8-bit models."""
+
+    def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX; see ``AnomalibModule.to_onnx``.
+
+        The default operator set is the one that torch's exporter writes: anomalib's default of 14 makes
+        it try a conversion down, which fails after a page of warnings and changes nothing.
+        """
+        kwargs.setdefault("opset_version", 18)
+        with self._without_unknown_ranges():
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export the whole module; see ``AnomalibModule.to_torch``.
+
+        The exported flow is frozen: the inferencer does not switch gradients off, and would keep all
+        activations for them.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad = False
+        try:
+            return super().to_torch(export_root, model_file_name)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad = True
+
+    @contextmanager
+    def _without_unknown_ranges(self) -> Iterator[None]:
+        """Leave out a normalization that would do nothing, since no scores were seen to take its range from.
+
+        Its NaN constants stop OpenVINO from compiling 8-bit models.
+        """
+        post_processor = self.post_processor
+        if (
+            not isinstance(post_processor, PostProcessor)
+            or not post_processor.enable_normalization
+            or not post_processor.image_min.isnan()
+        ):
+            yield
+            return
+        post_processor.enable_normalization = False
+        try:
+            yield
+        finally:
+            post_processor.enable_normalization = True
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
+        """Make an 8-bit model; overrides anomalib's step of this name.
+
+        anomalib calibrates with validation images, which users with good images alone do not have, and at the
+        sizes of the files, which a model of a fixed size does not take. This calibrates with training images.
+        Latents and scores stay in float: the range that good images give them would cut off the defects.
+
+        Raises:
+            ValueError: if there is no datamodule.
+        """
+        import nncf  # noqa: PLC0415 (seconds, and optional)
+
+        if datamodule is None:
+            msg = "INT8_PTQ measures activations on training images: give the export a datamodule (--data)"
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        dataset = datamodule.train_data
+        height, width = (model.input(0).partial_shape[axis] for axis in (2, 3))
+        size = None if height.is_dynamic or width.is_dynamic else [height.get_length(), width.get_length()]
+
+        def read(index: int) -> Any:
+            image = cast("Tensor", dataset[index].image)
+            return (resize(image, size, antialias=False) if size else image)[None].numpy()
+
+        order = RandomSampler(range(len(dataset)), generator=torch.Generator().manual_seed(0))
+        indices = list(islice(order, CALIBRATION_IMAGES))
+        return nncf.quantize(
+            model,
+            nncf.Dataset(indices, read),
+            subset_size=len(indices),
+            ignored_scope=nncf.IgnoredScope(names=float_operations(model), validate=False),
+        )
+
+
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+FLOW = "model.flow."
+"""How the names of the flow's parameters begin, in torch and in the graphs that are exported from it."""
+
+
+def float_operations(model: Any) -> list[str]:
+    """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
+
+    All but the products, and what feeds the backbone's: the activations and residual sums between them.
+    """
+    quantized: set[str] = set()
+    operations = model.get_ordered_ops()
+    for operation in reversed(operations):
+        inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
+        consumers = {t.get_node().get_friendly_name() for o in operation.outputs() for t in o.get_target_inputs()}
+        is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
+        if (operation.get_type_name() in PRODUCTS and not is_flow) or consumers & quantized:
+            quantized.add(operation.get_friendly_name())
+    for operation in operations:  # what feeds the flow's products does not join: it becomes the latents
+        if operation.get_type_name() in PRODUCTS:
+            quantized.add(operation.get_friendly_name())
+    rest = (o for o in operations if o.get_type_name() not in {"Constant", "Parameter", "Result"})
+    return [o.get_friendly_name() for o in rest if o.get_friendly_name() not in quantized]
