@@ -10,9 +10,14 @@ from importlib.metadata import version
 import anomalib.models
 
 from .detectors.caching import FeatureCache
+from .detectors.cflow import CFlow
 from .detectors.cs_flow import CSFlow
+from .detectors.differ_net import DifferNet
+from .detectors.fast_flow import FastFlow
+from .detectors.ms_flow import MSFlow
+from .detectors.real_nvp import RealNVP
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CSFlow", "FeatureCache"]
+__all__ = ["CFlow", "CSFlow", "DifferNet", "FastFlow", "FeatureCache", "MSFlow", "RealNVP"]
 
 anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")

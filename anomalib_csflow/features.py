@@ -1,127 +1,100 @@
-"""Frozen backbones: from images to a pyramid of feature maps."""
+"""Pyramids of features: one layer at several sizes of the image, or several layers in one pass."""
 
-import difflib
-import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torchvision.models.feature_extraction import create_feature_extractor
 
-PROBE_SIZE = 256
-"""Side of the blank image that tells a layer's channels and stride; any multiple of 64 would do."""
+from .backbones import PROBE_SIZE, FrozenBackbone, FrozenLayers
+
+__all__ = ["FeaturePyramid", "FrozenBackbone", "FrozenLayers", "ImagePyramid", "LayerPyramid", "PooledPyramid"]
 
 
-class FrozenBackbone(nn.Module):
-    """A backbone up to one layer: no gradients, always in eval mode, nothing kept beyond the layer.
+class FeaturePyramid(nn.Module):
+    """What all pyramids of features have: a frozen backbone, and a least size of an image.
 
     Args:
-        model: a convolutional network of any kind (named modules), or a timm vision transformer.
-        layer: name of the module whose output is used, such as ``blocks.5``, ``layer3.1`` or
-            ``features.6.8``. Of a transformer: ``blocks.N``, whose tokens are folded to a map.
+        backbone: frozen.
+        channels: of each level, finest first.
+        strides: pixels of the image per cell, of each level.
+        what: describes the pyramid in errors.
 
     Attributes:
-        channels: of the map.
-        stride: pixels of the image per cell of the map.
+        channels: as given.
+        strides: as given.
+        min_size: least height and width of an image: one cell at the coarsest level.
+    """
+
+    def __init__(self, backbone: FrozenLayers, channels: Sequence[int], strides: Sequence[int], what: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = list(channels)
+        self.strides = list(strides)
+        self.min_size = max(strides)
+        self.what = what
+
+    def check_size(self, height: int, width: int) -> None:
+        """Check that the backbone takes images of this size, and that the coarsest level has a cell.
+
+        Raises:
+            ValueError: if not; the message says what size to use.
+        """
+        if height < self.min_size or width < self.min_size:
+            msg = (
+                f"an image of {height}x{width} pixels is too small for {self.what}: the least size is "
+                f"{self.min_size}x{self.min_size}"
+            )
+            raise ValueError(msg)
+        fixed = self.backbone.fixed_size
+        if fixed is not None and (height, width) != (fixed, fixed):
+            msg = (
+                f"this backbone cannot take an image of {height}x{width} pixels: its positions are of {fixed}x{fixed} "
+                f"alone, set image_size={fixed}"
+            )
+            raise ValueError(msg)
+
+
+class LayerPyramid(FeaturePyramid):
+    """Several layers of one backbone in one pass, as CFLOW-AD, FastFlow and MSFlow use it.
+
+    Args:
+        backbone: with layers from fine to coarse; they may have the same stride, as a transformer's do.
 
     Shape:
-        images ``(N, 3, H, W)`` to a map ``(N, channels, ceil(H / stride), ceil(W / stride))``.
+        images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``.
 
     Raises:
-        ValueError: if the model has no such layer, or its output is not a map.
+        ValueError: if a layer is finer than the one before it; on an image of a wrong size.
     """
 
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        super().__init__()
-        check_layer(model, layer)
-        self.layer = layer
-        # timm's mark of a model that works on tokens behind which class and register tokens may stand
-        self.is_transformer = hasattr(model, "num_prefix_tokens")
-        if self.is_transformer:
-            block = layer.removeprefix("blocks.")
-            if not block.isdigit():
-                msg = f"layer {layer!r} of a transformer gives no map: name a block, such as 'blocks.{8}'"
-                raise ValueError(msg)
-            transformer: Any = model
-            transformer.prune_intermediate_layers([int(block)])
-            self.stride = int(transformer.patch_embed.patch_size[0])
-            self.model = transformer
-        else:
-            self.model = _truncate(model, layer)
-            for module in self.model.modules():
-                if isinstance(module, nn.Conv2d):  # half the time on a CPU, measured on EfficientNet-Lite
-                    module.to(memory_format=torch.channels_last)
-        self.requires_grad_(requires_grad=False)
-        self.train()
-        try:
-            with torch.no_grad():
-                features = self(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
-        except (AssertionError, RuntimeError, TypeError) as error:
-            msg = f"layer {layer!r} cannot be used: the backbone does not run on images of any size ({error})"
-            raise ValueError(msg) from error
-        if features.ndim != 4 or features.shape[2] != features.shape[3]:
-            msg = f"layer {layer!r} gives {tuple(features.shape)}, not a map (N, C, H, W): choose another layer"
+    def __init__(self, backbone: FrozenLayers) -> None:
+        strides = backbone.layer_strides
+        if strides != sorted(strides):
+            msg = f"name the layers from fine to coarse: {backbone.layers} have strides {strides}"
             raise ValueError(msg)
-        self.channels = features.shape[1]
-        if not self.is_transformer:
-            self.stride = 2 ** round(math.log2(PROBE_SIZE / features.shape[2]))
+        what = f"layer {backbone.layers[-1]!r} at stride {strides[-1]}"
+        super().__init__(backbone, backbone.layer_channels, strides, what)
 
-    def train(self, mode: bool = True) -> "FrozenBackbone":
-        """Stay in eval mode, whatever is asked: batch-norm statistics must not drift."""
-        del mode
-        return super().train(mode=False)
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layers={self.backbone.layers}, final_norm={self.backbone.final_norm}"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the layer's map."""
-        if self.is_transformer:
-            features: Tensor = self.model.forward_intermediates(images, indices=1, norm=False, intermediates_only=True)[
-                0
-            ]
-            return features
-        output: Tensor = self.model(images)["map"]
-        return output
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the layers' maps."""
+        self.check_size(images.shape[2], images.shape[3])
+        return self.backbone.maps(images)
 
 
-def _truncate(model: nn.Module, layer: str) -> nn.Module:
-    """Trace the model up to the layer; what comes after is dropped."""
-    tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
-    try:
-        dual = create_feature_extractor(model.eval(), {layer: "map"}, tracer_kwargs=tracer, suppress_diff_warning=True)
-    except Exception as error:  # tracing fails in as many ways as there are models
-        msg = f"layer {layer!r} cannot be used: tracing the backbone up to it fails ({error})"
-        raise ValueError(msg) from error
-    # the graph for training is not needed, and a module with plain graphs in it is too deep for pickle
-    return torch.fx.GraphModule(dual, dual.eval_graph)
-
-
-def check_layer(model: nn.Module, layer: str) -> None:
-    """Check that the model has a module of that name.
-
-    Raises:
-        ValueError: if it has none; the message lists near names.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    if layer not in names:
-        near = difflib.get_close_matches(layer, names, n=5) or [name for name in names if "." not in name]
-        msg = f"the backbone has no layer {layer!r}; near names are {', '.join(near)}"
-        raise ValueError(msg)
-
-
-class ImagePyramid(nn.Module):
-    """One layer of one backbone at several sizes of the image, as CS-Flow and DifferNet use it.
+class ImagePyramid(FeaturePyramid):
+    """One layer of one backbone at several sizes of the image, as CS-Flow uses it.
 
     The image is halved by nearest-neighbour sampling once per scale.
 
     Args:
         backbone: applied at every scale.
         num_scales: 1 or more.
-
-    Attributes:
-        channels: of each scale, finest first.
-        min_size: least height and width of an image: one cell at the coarsest scale.
 
     Shape:
         images ``(N, 3, H, W)`` to maps ``(N, C, ceil(H / 2^s / stride), ceil(W / 2^s / stride))``.
@@ -130,15 +103,23 @@ class ImagePyramid(nn.Module):
         ValueError: on an image that is too small for the pyramid.
     """
 
+    backbone: FrozenBackbone
+
     def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
-        super().__init__()
         if num_scales < 1:
             msg = f"num_scales must be 1 or more, got {num_scales}"
             raise ValueError(msg)
-        self.backbone = backbone
+        if backbone.fixed_size is not None and num_scales > 1:
+            msg = f"this backbone takes images of {backbone.fixed_size} pixels alone: set num_scales=1"
+            raise ValueError(msg)
+        super().__init__(
+            backbone,
+            channels=[backbone.channels] * num_scales,
+            strides=[backbone.stride << s for s in range(num_scales)],
+            what=f"{num_scales} scales of layer {backbone.layer!r} at stride {backbone.stride}",
+        )
         self.num_scales = num_scales
-        self.channels = [backbone.channels] * num_scales
-        self.min_size = backbone.stride * 2 ** (num_scales - 1)
+        self.min_size = backbone.min_size * 2 ** (num_scales - 1)
         self._check_halving()
 
     @torch.no_grad()
@@ -159,20 +140,6 @@ class ImagePyramid(nn.Module):
         """What the features are, beside the backbone's weights."""
         return f"layer={self.backbone.layer!r}, num_scales={self.num_scales}"
 
-    def check_size(self, height: int, width: int) -> None:
-        """Check that an image of this size has at least one cell at the coarsest scale.
-
-        Raises:
-            ValueError: if it has not; the message says the least size.
-        """
-        if height < self.min_size or width < self.min_size:
-            msg = (
-                f"an image of {height}x{width} pixels is too small for {self.num_scales} scales of layer "
-                f"{self.backbone.layer!r} at stride {self.backbone.stride}: the least size is "
-                f"{self.min_size}x{self.min_size}"
-            )
-            raise ValueError(msg)
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the pyramid of feature maps."""
         height, width = images.shape[-2:]
@@ -181,3 +148,32 @@ class ImagePyramid(nn.Module):
         return tuple(
             self.backbone(images if s == 0 else F.interpolate(images, sizes[s])) for s in range(self.num_scales)
         )
+
+
+class PooledPyramid(ImagePyramid):
+    """The maps of an :class:`ImagePyramid`, averaged over their cells and joined to one vector, as DifferNet uses them.
+
+    Args:
+        backbone: applied at every scale.
+        num_scales: 1 or more.
+
+    Attributes:
+        num_features: of the vector: the channels of all scales.
+
+    Shape:
+        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest scale first.
+
+    Raises:
+        ValueError: on an image that is too small for the pyramid.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
+        super().__init__(backbone, num_scales)
+        self.num_features = sum(self.channels)
+
+    def _check_halving(self) -> None:
+        """Averages are of one cell, whatever the maps' sizes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the vector."""
+        return (torch.cat([level.mean((2, 3)) for level in super().forward(images)], dim=1),)

@@ -25,6 +25,11 @@ SMALL = {
     "schedule": "one_cycle",
 }
 
+LAYERS = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2", "blocks.4"], "weights": "package"}
+CFLOW = LAYERS | {"num_blocks": 2, "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
+FAST_FLOW = LAYERS | {"num_steps": 2, "lr": 1e-3, "schedule": "one_cycle"}
+MS_FLOW = LAYERS | {"num_blocks": [1, 2], "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
+
 
 def randomize(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """Draw every parameter: a zero-initialised flow is the identity and proves nothing."""

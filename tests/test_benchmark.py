@@ -58,7 +58,7 @@ def test_no_data_set_is_said(tmp_path: Path) -> None:
 
 
 def test_scores_keep_their_order() -> None:
-    scores = torch.tensor([0.0, 0.4, 3.0, 40.0, 41.0])
+    scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0])
     batch = ImageBatch(
         image=torch.zeros(5, 3, 2, 2), pred_score=scores, anomaly_map=scores[:, None, None].expand(5, 2, 2)
     )

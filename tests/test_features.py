@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from anomalib_csflow.features import FrozenBackbone, ImagePyramid
+from anomalib_csflow.features import FrozenBackbone, FrozenLayers, ImagePyramid, LayerPyramid, PooledPyramid
 from anomalib_csflow.weights import create_backbone
 
 BACKBONES = [
@@ -91,3 +91,106 @@ def test_too_small_an_image_says_the_least_size() -> None:
         pyramid(torch.zeros(1, 3, 200, 127))
     with pytest.raises(ValueError, match="num_scales must be 1 or more"):
         ImagePyramid(pyramid.backbone, 0)
+
+
+def test_pooled_pyramid_is_the_average_of_each_map() -> None:
+    backbone = FrozenBackbone(create_backbone("tf_efficientnet_lite0", "package"), "blocks.4")
+    images = torch.rand(2, 3, 130, 190)
+    pooled = PooledPyramid(backbone, num_scales=2)
+    (vector,) = pooled(images)
+    expected = [level.mean((2, 3)) for level in ImagePyramid(backbone, num_scales=2)(images)]
+    torch.testing.assert_close(vector, torch.cat(expected, dim=1))
+    assert vector.shape == (2, pooled.num_features)
+    torch.testing.assert_close(pooled(images[1:])[0], vector[1:])
+
+
+def test_least_size_of_a_backbone_that_does_not_pad() -> None:
+    """AlexNet's poolings need 63 pixels for one cell at stride 32, and its maps do not halve."""
+    pyramid = PooledPyramid(FrozenBackbone(create_backbone("torchvision/alexnet", "random"), "features.12"), 3)
+    assert pyramid.num_features == 3 * 256
+    assert pyramid(torch.zeros(1, 3, 252, 448))[0].shape == (1, 768)
+    with pytest.raises(ValueError, match="the least size is 252x252"):
+        pyramid(torch.zeros(1, 3, 251, 448))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "channels", "strides"),
+    [
+        ("resnet18.tv_in1k", ["layer1", "layer2", "layer3"], [64, 128, 256], [4, 8, 16]),
+        ("tf_efficientnet_lite0", ["blocks.2", "blocks.4", "blocks.6"], [40, 112, 320], [8, 16, 32]),
+        ("torchvision/resnet18", ["layer1.0", "layer3"], [64, 256], [4, 16]),
+        ("inception_v4", ["features.3", "features.10"], [160, 1024], [4, 16]),
+        ("vit_tiny_patch16_224", ["blocks.1", "blocks.3"], [192, 192], [16, 16]),
+    ],
+)
+def test_several_layers_in_one_pass(name: str, layers: list[str], channels: list[int], strides: list[int]) -> None:
+    pyramid = LayerPyramid(FrozenLayers(create_backbone(name, "random"), layers))
+    assert (pyramid.channels, pyramid.strides, pyramid.min_size) == (channels, strides, strides[-1])
+    images = torch.rand(1, 3, 230, 300)
+    maps = pyramid(images)
+    assert [level.shape[1] for level in maps] == channels
+    assert not any(parameter.requires_grad for parameter in pyramid.parameters())
+    calls = []
+    pyramid.backbone.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    pyramid(images)
+    assert len(calls) <= 1
+
+
+def test_layers_are_those_of_the_whole_model() -> None:
+    whole = create_backbone("tf_efficientnet_lite0", "package").eval()
+    kept: dict[str, torch.Tensor] = {}
+    hooks = [
+        whole.get_submodule(layer).register_forward_hook(lambda *a, layer=layer: kept.update({layer: a[2]}))
+        for layer in ("blocks.2", "blocks.4")
+    ]
+    images = torch.rand(2, 3, 128, 96)
+    whole(images)
+    for hook in hooks:
+        hook.remove()
+    size = sum(parameter.numel() for parameter in whole.parameters())
+    pyramid = LayerPyramid(FrozenLayers(whole, list(kept)))
+    torch.testing.assert_close(pyramid(images), tuple(kept.values()), atol=1e-5, rtol=1e-4)
+    assert sum(parameter.numel() for parameter in pyramid.parameters()) < size / 4
+
+
+def test_final_norm_of_a_transformer() -> None:
+    whole = create_backbone("vit_tiny_patch16_224", "random").eval()
+    images = torch.rand(1, 3, 224, 224)
+    (expected,) = whole.forward_intermediates(images, indices=[3], norm=True, intermediates_only=True)
+    (found,) = LayerPyramid(FrozenLayers(whole, ["blocks.3"], final_norm=True))(images)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.mean(1), torch.zeros(1, 14, 14), atol=1e-4, rtol=0)
+
+
+def test_what_features_are_is_told_apart() -> None:
+    """The feature cache keeps features under this, and under the weights."""
+    backbones = [
+        FrozenLayers(create_backbone("vit_tiny_patch16_224", "random"), layers, final_norm=norm)
+        for layers, norm in ((["blocks.1"], False), (["blocks.1"], True), (["blocks.0", "blocks.1"], False))
+    ]
+    assert len({LayerPyramid(backbone).extra_repr() for backbone in backbones}) == 3
+
+
+def test_a_transformer_of_one_size() -> None:
+    backbone = create_backbone("cait_xxs24_224", "random")
+    pyramid = LayerPyramid(FrozenLayers(backbone, ["blocks.1"], final_norm=True))
+    assert pyramid(torch.rand(1, 3, 224, 224))[0].shape == (1, 192, 14, 14)
+    with pytest.raises(ValueError, match=r"cannot take an image of 256x224 pixels: .* set image_size=224"):
+        pyramid(torch.rand(1, 3, 256, 224))
+    with pytest.raises(ValueError, match="images of 224 pixels alone: set num_scales=1"):
+        ImagePyramid(FrozenBackbone(create_backbone("cait_xxs24_224", "random"), "blocks.1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("resnet18", ["layer2", "layer1"], r"from fine to coarse: .* have strides \[8, 4\]"),
+        ("resnet18", [], "name one or more layers, each once"),
+        ("resnet18", ["layer1", "layer1"], "name one or more layers, each once"),
+        ("resnet18", ["layer1", "layer9"], "no layer 'layer9'; near names are"),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.1"], "blocks in their order"),
+    ],
+)
+def test_layers_that_make_no_pyramid(name: str, layers: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerPyramid(FrozenLayers(create_backbone(name, "random"), layers))

@@ -1,7 +1,10 @@
 """The flow contract: every layer, every shape, in float64, with random parameters."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize
@@ -13,11 +16,18 @@ from anomalib_csflow.flows import (
     ChannelStandardization,
     CrossConvolution,
     CrossScaleCoupling,
+    FiberFlow,
+    FusionConditioner,
+    GlowCoupling,
+    MaskedCoupling,
+    ParallelFlow,
+    Perceptron,
     PyramidFlow,
+    ResidualConvolutions,
     ScalePermutation,
 )
 
-Dims = list[tuple[int, int, int]]
+Dims = list[tuple[int, ...]]
 
 PYRAMIDS: dict[str, Dims] = {
     "one scale": [(4, 3, 3)],
@@ -63,6 +73,16 @@ def chain(dims: Dims) -> PyramidFlow:
     )
 
 
+def convolutions(in_channels: int, out_channels: int) -> nn.Module:
+    """A small subnet that sees a cell's neighbours."""
+    return nn.Sequential(nn.Conv2d(in_channels, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, out_channels, 1))
+
+
+def parallel(dims: Dims, **options: int | bool) -> ParallelFlow:
+    """Two blocks at each level."""
+    return ParallelFlow(dims, subnets=[[convolutions] * 2] * len(dims), **options)
+
+
 LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "coupling, kernel 1": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=1),
     "coupling, kernel 2": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=2),
@@ -70,22 +90,75 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "coupling, kernel 4": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=4),
     "coupling, kernel 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=5),
     "coupling, other conditioner": lambda dims: CrossScaleCoupling(dims, conditioner=Pointwise),
+    "coupling, fusion": lambda dims: CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=1.9),
     "permutation": lambda dims: ScalePermutation(dims, seed=7),
     "standardization": standardization,
     "chain": chain,
+    "parallel": parallel,
+    "parallel, positions, rotations": lambda dims: parallel(dims, condition_channels=8, permute_soft=True),
+    "fibers": lambda dims: FiberFlow(dims, num_blocks=2, condition_channels=4),
+    "fibers, permuted": lambda dims: FiberFlow(dims, num_blocks=2, condition_channels=8, permute_soft=False),
+}
+VECTORS: dict[str, Dims] = {"a vector": [(6,)], "a vector, odd": [(5,)]}
+VECTOR_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    "masked coupling": lambda dims: PyramidFlow(
+        [
+            MaskedCoupling(dims, conditioner=partial(Perceptron, hidden_features=4, num_hidden=2), swap=swap)
+            for swap in (False, True)
+        ]
+    ),
+    "Glow coupling": lambda dims: GlowCoupling(dims, hidden_features=4, clamp=1.9),
+    "permutation": lambda dims: ScalePermutation(dims, seed=7),
+    "standardization": standardization,
+    "chain": lambda dims: PyramidFlow(
+        [standardization(dims), ScalePermutation(dims, seed=0), GlowCoupling(dims, hidden_features=4, num_hidden=1)]
+    ),
+}
+MAP: dict[str, Dims] = {"a map": [(2, 4, 6)], "a map, odd": [(3, 3, 5)]}
+MAP_LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
+    f"masked coupling, {mask}": lambda dims, mask=mask: PyramidFlow(
+        [
+            MaskedCoupling(
+                dims,
+                conditioner=partial(ResidualConvolutions, hidden_channels=3, num_blocks=1),
+                mask=mask,
+                swap=swap,
+            )
+            for swap in (False, True)
+        ]
+    )
+    for mask in ("halves", "checkerboard")
+}
+
+CASES = {
+    f"{name}, {shape}": (build, dims)
+    for layers, shapes in ((LAYERS, PYRAMIDS), (VECTOR_LAYERS, VECTORS), (MAP_LAYERS, MAP))
+    for (name, build), (shape, dims) in product(layers.items(), shapes.items())
 }
 
 
-@pytest.fixture(params=PYRAMIDS.values(), ids=PYRAMIDS.keys())
-def dims(request: pytest.FixtureRequest) -> Dims:
-    """Shapes of a pyramid."""
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> tuple[Callable[[Dims], nn.Module], Dims]:
+    """A layer's constructor, and shapes that it takes."""
     return request.param
 
 
-@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
-def layer(request: pytest.FixtureRequest, dims: Dims) -> nn.Module:
+@pytest.fixture
+def dims(case: tuple[Callable[[Dims], nn.Module], Dims]) -> Dims:
+    """Shapes of a pyramid of maps or vectors."""
+    return case[1]
+
+
+@pytest.fixture
+def layer(case: tuple[Callable[[Dims], nn.Module], Dims]) -> nn.Module:
     """A layer with random parameters, in float64."""
-    return randomize(request.param(dims)).double()
+    build, dims = case
+    layer = randomize(build(dims)).double()
+    for module in layer.modules():
+        if hasattr(module, "w_perm"):  # rotations are drawn in float32: make them orthogonal in float64 too
+            matrix = torch.linalg.qr(module.w_perm.flatten(1)).Q.reshape(module.w_perm.shape)
+            module.w_perm, module.w_perm_inv = matrix, matrix.transpose(0, 1).contiguous()
+    return layer
 
 
 @pytest.fixture
@@ -147,15 +220,19 @@ def test_every_parameter_gets_a_gradient(layer: nn.Module, pyramid: tuple[Tensor
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
-def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module]) -> None:
-    dims = PYRAMIDS["three scales, halves rounded up"]
-    other_seed = [(c, h, w) for c, h, w in dims]
+@pytest.mark.parametrize(
+    ("build", "dims"),
+    [(build, PYRAMIDS["three scales, halves rounded up"]) for build in LAYERS.values()]
+    + [(build, VECTORS["a vector"]) for build in VECTOR_LAYERS.values()]
+    + [(build, MAP["a map"]) for build in MAP_LAYERS.values()],
+    ids=[*LAYERS, *(f"{name}, a vector" for name in VECTOR_LAYERS), *MAP_LAYERS],
+)
+def test_state_dict_rebuilds_the_function(build: Callable[[Dims], nn.Module], dims: Dims) -> None:
     layer = randomize(build(dims)).double()
     for name, buffer in layer.named_buffers():  # as if drawn with another seed
         if "permutation" in name:
             buffer.copy_(buffer.flip(0))
-    rebuilt = build(other_seed).double()
+    rebuilt = build(dims).double()
     rebuilt.load_state_dict(layer.state_dict())
     pyramid = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in dims)
     torch.testing.assert_close(rebuilt(pyramid), layer(pyramid), atol=0, rtol=0)
@@ -202,6 +279,47 @@ def test_permutations_differ_by_scale_and_seed() -> None:
     assert not torch.equal(first.permutation_0, first.permutation_1)
     assert not torch.equal(first.permutation_0, second.permutation_0)
     assert torch.equal(first.permutation_0, ScalePermutation(dims, seed=0).permutation_0)
+
+
+def test_rotations_are_seeded_buffers_and_leave_the_generator_alone() -> None:
+    dims = [(6, 4, 4), (6, 2, 2)]
+    before = np.random.get_state()[1].copy()
+    first, second = FiberFlow(dims, num_blocks=2), FiberFlow(dims, num_blocks=2)
+    assert (np.random.get_state()[1] == before).all()
+    matrices = {name: buffer for name, buffer in first.named_buffers() if name.endswith("w_perm")}
+    assert len(matrices) == 4
+    for name, matrix in matrices.items():
+        assert torch.equal(matrix, second.get_buffer(name))
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(6))
+    for name, other in pairwise(matrices):
+        assert not torch.equal(matrices[name], matrices[other])
+    assert set(matrices) <= set(first.state_dict())
+
+
+@pytest.mark.parametrize("size", [(3, 5), (1, 1), (7, 4)])
+def test_a_cells_latent_depends_on_its_own_vector_and_position(size: tuple[int, int]) -> None:
+    flow = randomize(FiberFlow([(4, 8, 8)], num_blocks=2, condition_channels=8))
+    features = torch.randn(2, 4, *size)
+    (latents,), (log_dets,) = flow.cells([features])
+    changed = features.clone()
+    changed[1, :, -1, -1] += 1
+    (other,), (other_log_dets,) = flow.cells([changed])
+    differs = (latents != other).any(1)
+    assert differs[1, -1, -1]
+    assert differs.sum() == 1
+    assert (log_dets != other_log_dets).sum() == 1
+    if size != (1, 1):  # equal vectors at two positions are not equal
+        (latents,), _ = flow.cells([torch.ones(1, 4, *size)])
+        assert not torch.allclose(latents[..., 0, 0], latents[..., -1, -1])
+
+
+def test_bad_chains() -> None:
+    with pytest.raises(ValueError, match="a multiple of 4 channels, from 4: got 6"):
+        FiberFlow([(4, 2, 2)], condition_channels=6)
+    with pytest.raises(ValueError, match="at least two channels and one block, got 1 channels and 2 blocks"):
+        FiberFlow([(1, 2, 2)], num_blocks=2)
+    with pytest.raises(ValueError, match="got 4 channels and 0 blocks"):
+        ParallelFlow([(4, 2, 2)], subnets=[[]])
 
 
 def test_no_link_joins_scales_that_are_not_neighbours() -> None:
@@ -263,6 +381,23 @@ def test_layers_refuse_other_inputs(shapes: list[tuple[int, ...]], message: str)
     coupling = CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], hidden_channels=2)
     with pytest.raises(ValueError, match=message):
         coupling([torch.zeros(shape) for shape in shapes])
+
+
+def test_layers_of_vectors_refuse_other_inputs() -> None:
+    with pytest.raises(ValueError, match="one vector of two features or more"):
+        GlowCoupling([(1,)])
+    with pytest.raises(ValueError, match="one vector of two features or more"):
+        GlowCoupling([(4, 2, 2)])
+    conditioner = partial(Perceptron, hidden_features=2, num_hidden=1)
+    with pytest.raises(ValueError, match="a mask of checkerboard needs one tensor that it can split"):
+        MaskedCoupling([(4,)], conditioner=conditioner, mask="checkerboard")
+    with pytest.raises(ValueError, match="a mask of halves needs one tensor that it can split"):
+        MaskedCoupling([(1,)], conditioner=conditioner)
+    for layer in (GlowCoupling([(4,)], hidden_features=2), ScalePermutation([(4,)], seed=0)):
+        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 3\)"):
+            layer([torch.zeros(2, 3)])
+        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 4, 1, 1\)"):
+            layer([torch.zeros(2, 4, 1, 1)])
 
 
 def test_conditions_are_counted() -> None:

@@ -67,7 +67,7 @@ def test_importing_us_changes_nothing_for_others() -> None:
 
 
 def test_public_names() -> None:
-    assert anomalib_csflow.__all__ == ["CSFlow"]
+    assert anomalib_csflow.__all__ == ["CFlow", "CSFlow", "DifferNet", "FastFlow", "FeatureCache", "MSFlow", "RealNVP"]
     assert anomalib_csflow.__version__
 
 

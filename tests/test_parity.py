@@ -10,8 +10,9 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from anomalib_csflow import CSFlow, scoring
+from anomalib_csflow.detectors import differ_net_reference
 from anomalib_csflow.detectors.cs_flow_reference import convert_reference_flow
-from anomalib_csflow.flows import CrossScaleCoupling, PyramidFlow, ScalePermutation
+from anomalib_csflow.flows import CrossScaleCoupling, GlowCoupling, PyramidFlow, ScalePermutation
 
 
 @pytest.fixture
@@ -66,6 +67,29 @@ def test_permutations_are_those_that_the_authors_draw(golden: dict) -> None:
     for scale in range(3):
         assert torch.equal(drawn[f"2.permutation_{scale}"], given[f"2.permutation_{scale}"])
         assert torch.equal(seeded.get_buffer(f"permutation_{scale}"), flow[2].get_buffer(f"permutation_{scale}"))
+
+
+def test_published_differnet(test_data: Path) -> None:
+    golden = torch.load(test_data / "golden" / "differnet.pt", weights_only=True)
+    config = golden["config"]
+    dims = [(config["features"],)]
+    layers: list[nn.Module] = []
+    for block in range(config["n_coupling_blocks"]):
+        coupling = GlowCoupling(dims, hidden_features=config["hidden"], clamp=config["clamp"])
+        layers += [ScalePermutation(dims, seed=block), coupling]
+    flow = PyramidFlow(layers)
+    drawn = dict(flow.named_buffers())
+    converted = differ_net_reference.convert_reference_flow(golden["state_dict"], golden["permutations"])
+    for name, permutation in drawn.items():  # seeded as the published ones
+        assert torch.equal(permutation, converted[name])
+    assert converted.keys() == differ_net_reference.convert_reference_flow(golden["state_dict"]).keys()
+    flow.load_state_dict(converted)
+    latents, log_det = flow((golden["inputs"],))
+    torch.testing.assert_close(latents[0], golden["latents"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_det, golden["log_det"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(2 * scoring.mean_energy(latents), golden["score"], atol=1e-5, rtol=1e-5)
+    loss = (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
+    torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

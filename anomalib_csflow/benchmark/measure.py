@@ -18,7 +18,7 @@ METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "AUPRO": 
 
 
 class ComparableScores(PostProcessor):
-    """Scores and maps, 0 or more, to [0, 1) by the strictly rising ``x / (1 + x)``.
+    """Scores and maps to (0, 1) by the strictly rising ``(1 + x / (1 + |x|)) / 2``.
 
     anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts
     larger scores through a sigmoid that rounds to 1: both tie scores that differ, and so change the
@@ -32,7 +32,8 @@ class ComparableScores(PostProcessor):
         """Squash in place."""
         for field in ("pred_score", "anomaly_map"):
             value = getattr(batch, field)
-            setattr(batch, field, value / (1 + value))
+            if value is not None:  # DifferNet has maps only where they are asked for
+                setattr(batch, field, (1 + value / (1 + value.abs())) / 2)
 
 
 def fit(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> float:
@@ -51,15 +52,15 @@ def evaluate(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path) 
     model.evaluator = Evaluator(
         test_metrics=[
             AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
-            AUPRO(fields=["anomaly_map", "gt_mask"]),
+            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            AUPRO(fields=["anomaly_map", "gt_mask"], strict=False),
         ]
     )
     try:
         (metrics,) = Engine(default_root_dir=root).test(model, datamodule=datamodule, verbose=False)
     finally:
         model.post_processor, model.evaluator, model.visualizer = components
-    return {title: metrics[name] for name, title in METRICS.items()}
+    return {title: metrics.get(name, float("nan")) for name, title in METRICS.items()}
 
 
 def openvino_latency(model: AnomalibModule, images: Sequence[Path], root: Path) -> tuple[float, OpenVINOInferencer]:

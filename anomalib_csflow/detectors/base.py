@@ -1,6 +1,6 @@
 """The main path that all detectors share: images, features, latents, score. Read this first."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_csflow import scoring, weights
 from anomalib_csflow.flows.pyramid import Pyramid
 
+from . import optimization
 from .caching import FeatureCache
 from .checkpoints import LeanCheckpoints
 from .exports import FlowExports
@@ -47,6 +48,11 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     model: FlowModel
     feature_cache: FeatureCache | None = None  # while one is in use
 
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """Names of the fixed views of an image whose features training needs; none if it sees others in every step."""
+        return ("",)
+
     def __init__(
         self,
         pre_processor: PreProcessor | bool,
@@ -56,9 +62,16 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
 
-    @abstractmethod
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The method's own optimizer and schedule, on the flow's parameters."""
+        """Adam on the flow's parameters, with the detector's schedule."""
+        return optimization.adam(
+            self.model.flow.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume a schedule where it stood, over as many steps as are planned now."""
+        super().on_load_checkpoint(checkpoint)
+        optimization.forget_length(checkpoint)
 
     # -- what anomalib asks of a model ------------------------------------------------------------
 
@@ -68,6 +81,10 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         features = self.features(batch)
         with bfloat16(features[0].device, wanted=self.hparams.get("bfloat16", False)):
             loss = self.loss(features)
+        return self.checked(loss, batch)
+
+    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
+        """Log a batch's loss, and stop if it is not finite."""
         if not torch.isfinite(loss):
             self._stop("the loss", loss)
         self.log(
@@ -89,12 +106,11 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """Score a batch; anomalib's post-processor takes thresholds from it."""
         del batch_idx
-        latents, _ = self.model.transform(self.features(batch), jac=False)
         height, width = cast("Tensor", batch.image).shape[-2:]
-        return batch.update(**self.model.score(latents, (height, width))._asdict())
+        return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
-        """Exact negative log-likelihood of each image's features.
+        """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
 
         Args:
             images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as by ``forward`` and
@@ -106,7 +122,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         """
         images = self.pre_processor(images) if self.pre_processor else images
         latents, log_det = self.model.latents(images)
-        nats = scoring.nll(latents, log_det)
+        nats = self.model.per_image(scoring.nll(latents, log_det))
         return scoring.bits_per_dim(nats, scoring.num_dims(latents)) if bits_per_dim else nats
 
     @property

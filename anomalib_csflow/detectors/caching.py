@@ -75,6 +75,12 @@ class FeatureCache(Callback):
         datamodule = getattr(trainer, "datamodule", None)
         if stage != "fit" or self.max_gb == 0 or datamodule is None:
             return
+        views = getattr(pl_module, "cached_views", ("",))
+        if not views:
+            rank_zero_info(
+                f"Features are computed in every epoch: {type(pl_module).__name__} changes images at random."
+            )
+            return
         names = [name for name in ("train_data", "val_data") if getattr(datamodule, name, None) is not None]
         transform = getattr(getattr(pl_module, "pre_processor", None), "transform", None)
         for name in names:
@@ -87,7 +93,7 @@ class FeatureCache(Callback):
             dataset = getattr(datamodule, name)
             context = common | {"augmentations": repr(dataset.augmentations)}
             store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
-            self._sets[name] = _CachedSet(dataset, store)
+            self._sets[name] = _CachedSet(dataset, store, views)
             setattr(datamodule, name, self._sets[name])
         cast("Any", pl_module).feature_cache = self
 
@@ -172,9 +178,10 @@ class FeatureCache(Callback):
 class _CachedSet(Dataset[ImageItem]):
     """A data set that leaves the decoding out of batches whose features are all in the store."""
 
-    def __init__(self, dataset: AnomalibDataset, store: FeatureStore) -> None:
+    def __init__(self, dataset: AnomalibDataset, store: FeatureStore, views: Sequence[str] = ("",)) -> None:
         self.dataset = dataset
         self.store = store
+        self.views = views
         self.is_known = False
         self.paths = [str(path) for path in dataset.samples.image_path]
         self.keys = {path: image_key(path) for path in self.paths}  # of the files before anything is decoded
@@ -182,7 +189,9 @@ class _CachedSet(Dataset[ImageItem]):
     def look(self) -> None:
         """See whether all features are there; only of plain images can the decoding be left out."""
         is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__
-        self.is_known = is_plain and all((key := image_key(path)) and key in self.store for path in self.paths)
+        self.is_known = is_plain and all(
+            (key := image_key(path, view)) and key in self.store for path in self.paths for view in self.views
+        )
 
     def is_unchanged(self, path: str) -> bool:
         """Whether a file is still what it was before anything was decoded."""

@@ -16,7 +16,10 @@ from .flow_model import FlowModel
 CHECKPOINT_KEY = "anomalib_csflow"
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
-STRUCTURE = ("backbone", "layer", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "standardize")
+STRUCTURE = (
+    *("backbone", "layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "standardize"),
+    *("condition_channels", "permute_soft", "num_steps", "hidden_ratio", "num_hidden"),
+)
 """Arguments that say what tensors there are: a checkpoint's and the detector's must be the same."""
 
 

@@ -11,15 +11,12 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
 
-import torch
 from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from anomalib_csflow import scoring
@@ -30,9 +27,7 @@ from anomalib_csflow.weights import create_backbone
 from .base import FlowDetector
 from .cs_flow_reference import convert_reference_flow
 from .flow_model import FlowModel
-
-Schedule = Literal["constant", "one_cycle"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+from .optimization import Schedule, check_schedule
 
 
 class CSFlowModel(FlowModel):
@@ -104,8 +99,8 @@ class CSFlow(FlowDetector):
         eps: Adam's.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate: ``constant`` (the paper's) or ``one_cycle`` up to ``lr``, which also moves
-            Adam's first beta between 0.95 and 0.85, and on resuming is stretched to the new number of steps.
+        schedule: of the learning rate: ``constant`` (the paper's) or another of
+            :data:`anomalib_csflow.detectors.optimization.Schedule`.
         bfloat16: train the flow's convolutions in bfloat16 where the device computes in it (AMX, AVX512-BF16, GPUs
             from Ampere on); log-dets, losses and scores stay in float32.
         recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
@@ -121,6 +116,7 @@ class CSFlow(FlowDetector):
         WeightsError: if the weights cannot be had.
 
     Example:
+        >>> import torch
         >>> detector = CSFlow("tf_efficientnet_lite0", "blocks.4", "random", image_size=128,
         ...                   num_blocks=1, hidden_channels=16)
         >>> detector = detector.eval()
@@ -167,9 +163,7 @@ class CSFlow(FlowDetector):
         if map_mode not in scoring.MAP_MODES:
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
             raise ValueError(msg)
-        if schedule not in SCHEDULES:
-            msg = f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}"
-            raise ValueError(msg)
+        check_schedule(schedule)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = weights == "random"
         features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
@@ -178,34 +172,6 @@ class CSFlow(FlowDetector):
         self.model = CSFlowModel(
             features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
         )
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam on the flow's parameters."""
-        hparams = self.hparams
-        optimizer = torch.optim.Adam(
-            self.model.flow.parameters(),
-            lr=hparams["lr"],
-            betas=tuple(hparams["betas"]),
-            eps=hparams["eps"],
-            weight_decay=hparams["weight_decay"],
-        )
-        if hparams["schedule"] == "constant":
-            return {"optimizer": optimizer}
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            msg = "schedule='one_cycle' needs the number of steps: set the trainer's max_epochs or max_steps"
-            raise ValueError(msg)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take from a saved one-cycle schedule where it stood, and not how long it was to be."""
-        super().on_load_checkpoint(checkpoint)
-        kept = ("last_epoch", "_step_count", "_last_lr")
-        for state in checkpoint.get("lr_schedulers", []):
-            if "total_steps" in state:
-                for key in set(state) - set(kept):
-                    del state[key]
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
@@ -224,23 +190,7 @@ class CSFlow(FlowDetector):
         Raises:
             ValueError: if the tensors do not fit this detector's scales, blocks or widths.
         """
-        flow = self.model.flow
-        offset = 0 if self.model.standardization is None else 1
-        converted = convert_reference_flow(state_dict, permutations)
-        own = {key: value for key, value in flow.state_dict().items() if int(key.partition(".")[0]) >= offset}
-        renamed = {}
-        for key, value in converted.items():
-            index, _, rest = key.partition(".")
-            renamed[f"{int(index) + offset}.{rest}"] = value
-        wrong = [key for key in own if key not in renamed or renamed[key].shape != own[key].shape]
-        if wrong or len(own) != len(renamed):
-            msg = (
-                f"the reference weights have {len(renamed)} tensors, this detector's flow {len(own)}"
-                + (f", and {wrong[0]!r} does not fit" if wrong else "")
-                + ": give the number of blocks, the channels and the kernel sizes that it was trained with"
-            )
-            raise ValueError(msg)
-        flow.load_state_dict(renamed, strict=False)
+        self.model.load_flow(convert_reference_flow(state_dict, permutations))
         backbone = self.model.features.backbone
         names = backbone.model.state_dict()
         found = {

@@ -1,13 +1,13 @@
 """The network that all detectors share: a frozen backbone, an invertible flow, a score."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
-from anomalib_csflow.features import ImagePyramid
+from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
 
@@ -19,23 +19,37 @@ class FlowModel(nn.Module, ABC):
         features: images to a pyramid of features.
         flow: features to latents.
 
+    A method that sees an image in several views overrides :meth:`views` and :meth:`per_image`.
+
     Shape:
         images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
     """
 
-    def __init__(self, features: ImagePyramid, flow: PyramidFlow) -> None:
+    def __init__(self, features: FeaturePyramid, flow: PyramidFlow) -> None:
         super().__init__()
         self.features = features
         self.flow = flow
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images; a score depends on its own image alone."""
-        latents, _ = self.latents(images, jac=False)
-        return self.score(latents, (images.shape[2], images.shape[3]))
+        return self.judge(self.features(self.views(images)), (images.shape[2], images.shape[3]))
+
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score and the map of this size."""
+        latents, _ = self.transform(features, jac=False)
+        return self.score(latents, size)
+
+    def views(self, images: Tensor) -> Tensor:
+        """What of each image goes through the backbone: the image itself."""
+        return images
+
+    def per_image(self, values: Tensor) -> Tensor:
+        """One value per image of one value per view."""
+        return values
 
     def latents(self, images: Tensor, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
-        """Latents of each image's features, and the log-det ``(N,)`` of the flow (zeros if not ``jac``)."""
-        return self.transform(self.features(images), jac=jac)
+        """Latents of each view's features, and the log-det ``(N,)`` of the flow (zeros if not ``jac``)."""
+        return self.transform(self.features(self.views(images)), jac=jac)
 
     def transform(self, features: Pyramid, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
         """Latents of features, and the log-det ``(N,)`` (zeros if not ``jac``)."""
@@ -43,8 +57,8 @@ class FlowModel(nn.Module, ABC):
         return latents, log_det
 
     def nll(self, images: Tensor) -> Tensor:
-        """Exact negative log-likelihood of each image's features in nats, ``(N,)``."""
-        return scoring.nll(*self.latents(images))
+        """Exact negative log-likelihood of each image's features in nats, ``(N,)``; the mean over its views."""
+        return self.per_image(scoring.nll(*self.latents(images)))
 
     @abstractmethod
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
@@ -55,3 +69,28 @@ class FlowModel(nn.Module, ABC):
         """The layer that standardizes the features, if the flow begins with one."""
         first = self.flow[0]
         return first if isinstance(first, ChannelStandardization) else None
+
+    def load_flow(self, converted: Mapping[str, Tensor]) -> None:
+        """Load a flow that was trained elsewhere, in this package's names and without a standardization.
+
+        Args:
+            converted: names of :class:`~anomalib_csflow.flows.PyramidFlow` to tensors, the first layer's index 0.
+
+        Raises:
+            ValueError: if the tensors do not fit this flow's.
+        """
+        offset = 0 if self.standardization is None else 1
+        own = {key: value for key, value in self.flow.state_dict().items() if int(key.partition(".")[0]) >= offset}
+        renamed = {}
+        for key, value in converted.items():
+            index, _, rest = key.partition(".")
+            renamed[f"{int(index) + offset}.{rest}"] = value
+        wrong = [key for key in own if key not in renamed or renamed[key].shape != own[key].shape]
+        if wrong or len(own) != len(renamed):
+            msg = (
+                f"the reference weights have {len(renamed)} tensors, this detector's flow {len(own)}"
+                + (f", and {wrong[0]!r} does not fit" if wrong else "")
+                + ": give the number of blocks, the channels and the kernel sizes that it was trained with"
+            )
+            raise ValueError(msg)
+        self.flow.load_state_dict(renamed, strict=False)

@@ -1,4 +1,4 @@
-"""Invertible layers over pyramids: torch and FrEIA only, no images, no anomalib.
+"""Invertible layers over pyramids of maps or vectors: torch and FrEIA only, no images, no anomalib.
 
 Every layer is a FrEIA ``InvertibleModule``. Above FrEIA's contract: inputs and outputs are tuples
 of tensors, finest scale first; the log-det is always a tensor ``(N,)`` in nats, of the direction
@@ -9,13 +9,29 @@ is a buffer; ``jac=False`` skips the log-det's work.
 from .chain import PyramidFlow
 from .cross_convolution import CrossConvolution
 from .cross_scale import CrossScaleCoupling
+from .fibers import FiberFlow
+from .fusion import FusionConditioner, normalized_convolutions
+from .glow_coupling import GlowCoupling
+from .masked_coupling import MaskedCoupling
+from .parallel import ParallelFlow
+from .perceptron import Perceptron
 from .permutation import ScalePermutation
+from .pixel_flow import PixelFlow, ResidualConvolutions
 from .standardization import ChannelStandardization
 
 __all__ = [
     "ChannelStandardization",
     "CrossConvolution",
     "CrossScaleCoupling",
+    "FiberFlow",
+    "FusionConditioner",
+    "GlowCoupling",
+    "MaskedCoupling",
+    "ParallelFlow",
+    "Perceptron",
+    "PixelFlow",
     "PyramidFlow",
+    "ResidualConvolutions",
     "ScalePermutation",
+    "normalized_convolutions",
 ]

@@ -17,12 +17,12 @@ class ScalePermutation(InvertibleModule):
     the published CS-Flow code: block ``k`` with ``seed=k`` has the paper's permutations.
 
     Args:
-        dims_in: ``(C, H, W)`` of each scale, finest first.
+        dims_in: ``(C, H, W)`` of each scale, finest first, or ``(D,)`` of vectors.
         dims_c: unused, part of FrEIA's interface.
         seed: of the draw.
 
     Shape:
-        maps ``(N, C_i, H_i, W_i)`` to maps of the same shapes, and a log-det of zeros ``(N,)``.
+        maps ``(N, C_i, H_i, W_i)`` or vectors ``(N, D_i)`` to the same shapes, and a log-det of zeros ``(N,)``.
 
     Example:
         >>> permutation = ScalePermutation([(3, 2, 2), (3, 1, 1)], seed=0)
@@ -32,8 +32,8 @@ class ScalePermutation(InvertibleModule):
 
     def __init__(
         self,
-        dims_in: Sequence[tuple[int, int, int]],
-        dims_c: Sequence[tuple[int, int, int]] | None = None,
+        dims_in: Sequence[tuple[int, ...]],
+        dims_c: Sequence[tuple[int, ...]] | None = None,
         *,
         seed: int,
     ) -> None:
@@ -48,7 +48,7 @@ class ScalePermutation(InvertibleModule):
     ) -> tuple[Pyramid, Tensor]:
         """Permute, or with ``rev`` undo it."""
         del c, jac
-        pyramid = check_pyramid(tuple(x_or_z), self.channels)
+        pyramid = check_pyramid(tuple(x_or_z), self.channels, len(self.dims_in[0]) + 1)
         orders = [self.get_buffer(f"permutation_{scale}") for scale in range(len(pyramid))]
         if rev:
             orders = [torch.argsort(order) for order in orders]

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor
 
 Pyramid = tuple[Tensor, ...]
-"""Maps ``(N, C, H, W)``, finest scale first; each about half the size of the one before."""
+"""Maps ``(N, C, H, W)``, finest scale first, each about half the size of the one before; or vectors ``(N, D)``."""
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
@@ -34,15 +34,17 @@ def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
             raise ValueError(msg)
 
 
-def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int]) -> Pyramid:
-    """Check the number of scales, the channels and the sizes of a pyramid of maps.
+def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], ndim: int = 4, *, halved: bool = True) -> Pyramid:
+    """Check the number of scales, the channels and the sizes of a pyramid of maps or vectors.
 
     Args:
-        pyramid: maps (N, C, H, W), finest first.
+        pyramid: maps (N, C, H, W), finest first, or vectors (N, D).
         channels: the channels expected at each scale.
+        ndim: 4 for maps, 2 for vectors.
+        halved: whether each map must be half the one before it, as layers need that look across scales.
 
     Returns:
-        The maps as a tuple.
+        The levels as a tuple.
 
     Raises:
         ValueError: if the pyramid does not have these scales and channels, or neighbours do not fit.
@@ -51,8 +53,10 @@ def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int]) -> Pyramid
         msg = f"expected a pyramid of {len(channels)} scales, got {len(pyramid)}"
         raise ValueError(msg)
     for scale, (level, expected) in enumerate(zip(pyramid, channels, strict=True)):
-        if level.ndim != 4 or level.shape[1] != expected:
-            msg = f"scale {scale} should be (N, {expected}, H, W), got {tuple(level.shape)}"
+        if level.ndim != ndim or level.shape[1] != expected:
+            shape = f"(N, {expected}, H, W)" if ndim == 4 else f"(N, {expected})"
+            msg = f"scale {scale} should be {shape}, got {tuple(level.shape)}"
             raise ValueError(msg)
-    check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
+    if halved and ndim == 4:
+        check_sizes([(level.shape[2], level.shape[3]) for level in pyramid])
     return tuple(pyramid)

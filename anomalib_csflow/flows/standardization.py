@@ -1,5 +1,6 @@
 """A fixed affine layer that standardizes each channel with statistics of the training features."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,14 +15,14 @@ class ChannelStandardization(InvertibleModule):
 
     The statistics are buffers, of one set of channels per scale; until :meth:`fit` they are 0 and 1
     and the layer is the identity. Nothing is learnt, so the log-det is exact and constant:
-    :math:`-\sum_i H_i W_i \sum_c \log \sigma_{ic}`.
+    :math:`-\sum_i H_i W_i \sum_c \log \sigma_{ic}` (of vectors, :math:`H_i = W_i = 1`).
 
     Args:
-        dims_in: ``(C, H, W)`` of each scale, finest first.
+        dims_in: ``(C, H, W)`` of each scale, finest first, or ``(D,)`` of vectors.
         dims_c: unused, part of FrEIA's interface.
 
     Shape:
-        maps ``(N, C_i, H_i, W_i)`` to maps of the same shapes, and a log-det ``(N,)`` in nats.
+        maps ``(N, C_i, H_i, W_i)`` or vectors ``(N, D_i)`` to the same shapes, and a log-det ``(N,)`` in nats.
 
     Example:
         >>> layer = ChannelStandardization([(2, 4, 4)])
@@ -32,11 +33,10 @@ class ChannelStandardization(InvertibleModule):
         (1.0, True)
     """
 
-    def __init__(
-        self, dims_in: Sequence[tuple[int, int, int]], dims_c: Sequence[tuple[int, int, int]] | None = None
-    ) -> None:
+    def __init__(self, dims_in: Sequence[tuple[int, ...]], dims_c: Sequence[tuple[int, ...]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
         self.channels = [dims[0] for dims in self.dims_in]
+        self.ndim = len(self.dims_in[0]) + 1
         for scale, channels in enumerate(self.channels):
             self.register_buffer(f"mean_{scale}", torch.zeros(channels))
             self.register_buffer(f"log_std_{scale}", torch.zeros(channels))
@@ -58,10 +58,10 @@ class ChannelStandardization(InvertibleModule):
         mean = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]
         squares = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]  # of deviations, summed
         for pyramid in pyramids:
-            for scale, level in enumerate(check_pyramid(pyramid, self.channels)):
+            for scale, level in enumerate(check_pyramid(pyramid, self.channels, self.ndim, halved=False)):
                 # merged over batches as Chan et al. (1983) do; in float64 on the CPU, which not every device has
                 variance, batch_mean = (
-                    v.cpu().double() for v in torch.var_mean(level.float(), (0, 2, 3), correction=0)
+                    v.cpu().double() for v in torch.var_mean(level.float(), (0, *range(2, self.ndim)), correction=0)
                 )
                 n = level.numel() // level.shape[1]
                 delta = batch_mean - mean[scale]
@@ -83,15 +83,16 @@ class ChannelStandardization(InvertibleModule):
     ) -> tuple[Pyramid, Tensor]:
         """Standardize, or with ``rev`` undo it."""
         del c
-        pyramid = check_pyramid(tuple(x_or_z), self.channels)
+        pyramid = check_pyramid(tuple(x_or_z), self.channels, self.ndim, halved=False)
         output = []
         log_det = pyramid[0].new_zeros(pyramid[0].shape[0])
         for scale, level in enumerate(pyramid):
-            mean = self.get_buffer(f"mean_{scale}")[:, None, None]
-            log_std = self.get_buffer(f"log_std_{scale}")[:, None, None]
+            shape = (-1,) + (1,) * (self.ndim - 2)
+            mean = self.get_buffer(f"mean_{scale}").view(shape)
+            log_std = self.get_buffer(f"log_std_{scale}").view(shape)
             output.append(level * log_std.exp() + mean if rev else (level - mean) * (-log_std).exp())
             if jac:
-                scale_log_det = log_std.sum() * (level.shape[2] * level.shape[3])
+                scale_log_det = log_std.sum() * math.prod(level.shape[2:])
                 log_det = log_det + (scale_log_det if rev else -scale_log_det)
         return tuple(output), log_det
 

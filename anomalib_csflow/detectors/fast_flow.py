@@ -1,0 +1,193 @@
+"""FastFlow: a two-dimensional flow of each of several layers' maps.
+
+Jiawei Yu, Ye Zheng, Xiang Wang, Wei Li, Yushuang Wu, Rui Zhao, Liwei Wu, "FastFlow: Unsupervised Anomaly
+Detection and Localization via 2D Normalizing Flows", 2021, https://arxiv.org/abs/2111.07677.
+
+Differs from the published code (the authors published none: gathierry/FastFlow is the closest):
+- convolutional features are standardized per channel with statistics of the training set, where that code
+  learns a layer norm over channels, height and width: one that is bound to an image size, and that the
+  likelihood does not count. Here the likelihood is exact and any size will do;
+- the loss is per dimension and not a sum over 10^5 of them;
+- the map is -log of the mean over layers of exp(-1/2 mean_c z^2) and not minus this mean: cells are ordered
+  alike, but defects that are far off do not all get the same score, 0 in float32;
+- permutations are seeded; any backbone and layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor, nn
+
+from anomalib_csflow import scoring
+from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
+from anomalib_csflow.flows.all_in_one import Subnet
+from anomalib_csflow.weights import create_backbone
+
+from .base import FlowDetector
+from .flow_model import FlowModel
+from .optimization import Schedule, check_schedule
+
+
+def convolutions(kernel_size: int, hidden_ratio: float) -> Subnet:
+    """Make subnets of two convolutions of one size (figure 3), whose hidden width is a share of the input's."""
+
+    def subnet(in_channels: int, out_channels: int) -> nn.Module:
+        hidden = max(int(in_channels * hidden_ratio), 1)
+        return nn.Sequential(
+            nn.Conv2d(in_channels, hidden, kernel_size, padding="same"),
+            nn.ReLU(),
+            nn.Conv2d(hidden, out_channels, kernel_size, padding="same"),
+        )
+
+    return subnet
+
+
+class FastFlowModel(FlowModel):
+    """The network of FastFlow: several layers of a backbone, a flow of each, the mean of their densities.
+
+    Args:
+        features: images to the layers' maps.
+        num_steps: of each layer's flow.
+        kernel_sizes: of the steps, repeated in turn.
+        hidden_ratio: hidden channels of a step's convolutions, as a share of their input's.
+        clamp: bound of the log-scales.
+        standardize: begin with a layer that standardizes each channel.
+    """
+
+    def __init__(
+        self,
+        features: LayerPyramid,
+        num_steps: int,
+        kernel_sizes: Sequence[int],
+        hidden_ratio: float,
+        clamp: float,
+        standardize: bool,
+    ) -> None:
+        dims = [(channels, 1, 1) for channels in features.channels]  # only the channels count
+        subnets = [convolutions(kernel_size, hidden_ratio) for kernel_size in islice(cycle(kernel_sizes), num_steps)]
+        flow = ParallelFlow(dims, subnets=[subnets] * len(dims), clamp=clamp)
+        super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow] if standardize else [flow]))
+
+    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """Minus the logarithm of the mean over layers of ``exp(-1/2 mean_c z^2)``; its maximum."""
+        anomaly_map = scoring.surprise(scoring.upsampled([scoring.likeness(level) for level in latents], size))
+        return InferenceBatch(pred_score=anomaly_map.amax((1, 2, 3)), anomaly_map=anomaly_map)
+
+
+class FastFlow(FlowDetector):
+    """FastFlow in anomalib. The defaults are the paper's with Wide-ResNet-50-2; ``configs/`` has its others.
+
+    Args:
+        backbone: a timm model with its tag, or ``torchvision/NAME``. Besides the default the paper has
+            ``resnet18.tv_in1k``, ``deit_base_distilled_patch16_384.fb_in1k`` and ``cait_m48_448.fb_dist_in1k``.
+        layers: whose maps are used, from fine to coarse. A transformer's tokens pass its final norm.
+        weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
+        image_size: height and width to which images are resized, or one number for both.
+        antialias: of the resizing in the engine. Exported models resize without it: where images are
+            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        num_steps: of each layer's flow: 8 with ResNets, 20 with transformers in the paper.
+        kernel_sizes: of the steps' convolutions, repeated in turn: 3 and 1, but 3 alone with ResNet-18 in the paper.
+        hidden_ratio: hidden channels of a step's convolutions, as a share of their input's: 1 with ResNets,
+            0.16 with transformers.
+        clamp: bound of the log-scales.
+        standardize: put a fixed layer before the flow that standardizes each channel with statistics
+            of the training features; the likelihood stays that of the features. A transformer's final norm
+            makes it needless there.
+        lr: Adam's learning rate.
+        weight_decay: Adam's.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        schedule: of the learning rate, see :data:`anomalib_csflow.detectors.optimization.Schedule`.
+        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
+        post_processor: or True for anomalib's.
+        evaluator: or True for image and pixel AUROC and F1.
+        visualizer: or True for anomalib's.
+
+    Raises:
+        ValueError: on an unknown backbone, layer or schedule, or an image size that the layers cannot take.
+        WeightsError: if the weights cannot be had.
+
+    Example:
+        >>> import torch
+        >>> detector = FastFlow("tf_efficientnet_lite0", ["blocks.2", "blocks.4"], "random", image_size=64, num_steps=2)
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> detector.nll(images).shape, detector.eval()(images).anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 64, 64]))
+    """
+
+    model: FastFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        weights: str = "hub",
+        image_size: int | tuple[int, int] = 256,
+        antialias: bool = True,
+        num_steps: int = 8,
+        kernel_sizes: Sequence[int] = (3, 1),
+        hidden_ratio: float = 1.0,
+        clamp: float = 2.0,
+        standardize: bool = True,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-5,
+        gradient_clip_norm: float | None = None,
+        schedule: Schedule = "constant",
+        max_epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if num_steps < 1 or not kernel_sizes or min(kernel_sizes) < 1 or hidden_ratio <= 0:
+            msg = (
+                "num_steps must be 1 or more, kernel_sizes one or more positive numbers and hidden_ratio positive: "
+                f"got {num_steps}, {list(kernel_sizes)} and {hidden_ratio}"
+            )
+            raise ValueError(msg)
+        check_schedule(schedule)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = weights == "random"
+        features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), layers, final_norm=True))
+        if self.input_size is not None:
+            features.check_size(*self.input_size)
+        self.model = FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize)
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load flows that were trained with gathierry/FastFlow or with anomalib's ``Fastflow`` on a transformer.
+
+        Build the detector with the backbone, layers and steps that they were trained with. Those trained on
+        ResNets have layer norms, which are bound to an image size and are no part of this flow.
+
+        Args:
+            state_dict: with names that end as ``0.module_list.0.subnet.0.weight``: level, step and tensor.
+
+        Raises:
+            ValueError: if the tensors do not fit this detector's layers, steps or widths.
+        """
+        flow = self.model.flow[-1]
+        if any(".norm" in f".{name}" and "feature_extractor" not in name for name in state_dict):
+            msg = (
+                "these weights have layer norms that are bound to an image size: only flows on transformers, which "
+                "have none, can be loaded"
+            )
+            raise ValueError(msg)
+        renamed = {}
+        for name, tensor in state_dict.items():
+            before, found, after = name.partition(".module_list.")
+            if found:
+                renamed[f"levels.{before.rpartition('.')[2]}.module_list.{after}"] = tensor
+        own = {name: tensor.shape for name, tensor in flow.state_dict().items()}
+        if {name: tensor.shape for name, tensor in renamed.items()} != own:
+            msg = (
+                f"the {len(renamed)} tensors of these weights do not fit this detector's flow of {len(own)}: give the "
+                "layers, num_steps, kernel_sizes and hidden_ratio that it was trained with"
+            )
+            raise ValueError(msg)
+        flow.load_state_dict(renamed)

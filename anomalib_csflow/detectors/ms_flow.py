@@ -1,0 +1,194 @@
+"""MSFlow: flows of several layers side by side, then one coupling that fuses them.
+
+Yixuan Zhou, Xing Xu, Jingkuan Song, Fumin Shen, Heng Tao Shen, "MSFlow: Multi-Scale Flow-based Framework
+for Unsupervised Anomaly Detection", IEEE TNNLS 2024, https://arxiv.org/abs/2308.15300.
+
+Differs from the published code:
+- likelihoods are absolute: the published maps subtract each image's own maximum, so that the scores of two
+  images, or of a map's cells in two images, cannot be compared;
+- the map is -log of the mean over layers of these likelihoods, the score -log of the mean of the least 3 % of
+  their product: both order as the published sum and 1 - mean do, but do not round to 1 in float32;
+- the loss is per dimension and not a sum over 10^6 of them, so the bound of the gradient's norm is that of a
+  mean: it catches steps that diverge and does not shorten every step;
+- log-scales of the fusion are 0.636 c atan(s / c), as in CS-Flow, and not 0.636 c atan(s);
+- permutations are seeded; any backbone, layers and image size.
+"""
+
+from collections.abc import Sequence
+
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_csflow import scoring
+from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.flows import (
+    ChannelStandardization,
+    CrossScaleCoupling,
+    FusionConditioner,
+    ParallelFlow,
+    PyramidFlow,
+    ScalePermutation,
+    normalized_convolutions,
+)
+from anomalib_csflow.weights import create_backbone
+
+from .base import FlowDetector
+from .flow_model import FlowModel
+from .optimization import Schedule, check_schedule
+
+TOP_SHARE = 0.03
+"""Share of the cells, those least likely, that the image score is taken of."""
+
+
+class HalvedLayers(LayerPyramid):
+    """Several layers of one backbone, each averaged over 3x3 cells at every second cell.
+
+    Args:
+        backbone: with layers from fine to coarse, each with twice the stride of the one before.
+
+    Shape:
+        images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``.
+
+    Raises:
+        ValueError: if the layers' strides do not double.
+    """
+
+    def __init__(self, backbone: FrozenLayers) -> None:
+        super().__init__(backbone)
+        if any(coarser != 2 * finer for finer, coarser in zip(self.strides[:-1], self.strides[1:], strict=True)):
+            msg = (
+                f"the layers {backbone.layers} have strides {self.strides}, and MSFlow fuses maps that halve: name "
+                "layers of which each has twice the stride of the one before"
+            )
+            raise ValueError(msg)
+        self.strides = [2 * stride for stride in self.strides]
+        self.min_size *= 2
+        self.what = f"layer {backbone.layers[-1]!r}, halved to stride {self.min_size}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the layers' maps."""
+        return tuple(F.avg_pool2d(level, 3, 2, 1) for level in super().forward(images))
+
+
+class MSFlowModel(FlowModel):
+    """The network of MSFlow: several layers of a backbone, a flow of each, one coupling of all.
+
+    Args:
+        features: images to the layers' maps.
+        num_blocks: of each layer's flow.
+        condition_channels: of the positional encoding.
+        clamp: bound of all log-scales.
+        standardize: begin with a layer that standardizes each channel.
+    """
+
+    def __init__(
+        self,
+        features: HalvedLayers,
+        num_blocks: Sequence[int],
+        condition_channels: int,
+        clamp: float,
+        standardize: bool,
+    ) -> None:
+        side = 2 ** len(features.channels)  # only the channels count
+        dims = [(channels, side >> level, side >> level) for level, channels in enumerate(features.channels)]
+        layers = [
+            ParallelFlow(
+                dims,
+                subnets=[[normalized_convolutions] * count for count in num_blocks],
+                condition_channels=condition_channels,
+                clamp=clamp,
+            ),
+            ScalePermutation(dims, seed=0),
+            CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=clamp),
+        ]
+        super().__init__(features, PyramidFlow([ChannelStandardization(dims), *layers] if standardize else layers))
+
+    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """Of relative likelihoods ``exp(-1/2 mean_c z^2)``: minus the logarithms of means.
+
+        The map's is over layers. The score's is of their product, over the cells where it is least.
+        """
+        energies = [0.5 * level.square().mean(1, keepdim=True) for level in latents]
+        maps = scoring.upsampled(energies, size, align_corners=True)
+        product = maps.sum(0).flatten(1)  # its negative logarithm
+        top = product.topk(max(int(product.shape[1] * TOP_SHARE), 1), dim=1).values
+        return InferenceBatch(
+            pred_score=-scoring.log_mean_exp(-top, dim=1), anomaly_map=-scoring.log_mean_exp(-maps, dim=0)
+        )
+
+
+class MSFlow(FlowDetector):
+    """MSFlow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+
+    Args:
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        layers: whose maps are used, each with twice the stride of the one before.
+        weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
+        image_size: height and width to which images are resized, or one number for both. The published
+            results have 512, and 256 for transistor.
+        antialias: of the resizing in the engine. Exported models resize without it: where images are
+            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        num_blocks: of each layer's flow.
+        condition_channels: of the positional encoding, a multiple of 4.
+        clamp: bound of the log-scales.
+        standardize: put a fixed layer before the flow that standardizes each channel with statistics
+            of the training features; the likelihood stays that of the features. Not in the paper.
+        lr: Adam's learning rate.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
+        schedule: of the learning rate, see :data:`anomalib_csflow.detectors.optimization.Schedule`.
+        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
+        post_processor: or True for anomalib's.
+        evaluator: or True for image and pixel AUROC and F1.
+        visualizer: or True for anomalib's.
+
+    Raises:
+        ValueError: on an unknown backbone, layer or schedule, layers that do not halve, or an image too small.
+        WeightsError: if the weights cannot be had.
+
+    Example:
+        >>> import torch
+        >>> detector = MSFlow("tf_efficientnet_lite0", ["blocks.2", "blocks.4"], "random", image_size=64,
+        ...                   num_blocks=[1, 2], condition_channels=16).eval()
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> detector.nll(images).shape, detector(images).anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 64, 64]))
+    """
+
+    model: MSFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        weights: str = "hub",
+        image_size: int | tuple[int, int] = 512,
+        antialias: bool = True,
+        num_blocks: Sequence[int] = (2, 5, 8),
+        condition_channels: int = 64,
+        clamp: float = 1.9,
+        standardize: bool = False,
+        lr: float = 1e-4,
+        gradient_clip_norm: float | None = 2.0,
+        schedule: Schedule = "warmup_steps",
+        max_epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if len(num_blocks) != len(layers):
+            msg = f"give num_blocks of each layer: got {list(num_blocks)} for {list(layers)}"
+            raise ValueError(msg)
+        check_schedule(schedule)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = weights == "random"
+        features = HalvedLayers(FrozenLayers(create_backbone(backbone, weights), layers))
+        if self.input_size is not None:
+            features.check_size(*self.input_size)
+        self.model = MSFlowModel(features, num_blocks, condition_channels, clamp, standardize)

@@ -1,0 +1,64 @@
+"""The schedules: laid out over the training, stretched on resuming."""
+
+import pytest
+import torch
+
+from anomalib_csflow.detectors import optimization
+
+
+def rates(schedule: str, steps: int) -> list[float]:
+    """Learning rate of each step of a training."""
+    setup = optimization.adam([torch.nn.Parameter(torch.zeros(1))], {"lr": 2.0, "schedule": schedule}, lambda: steps)
+    optimizer = setup["optimizer"]
+    found = []
+    for step in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if "lr_scheduler" in setup and step < steps - 1:
+            setup["lr_scheduler"]["scheduler"].step()
+    return found
+
+
+def test_schedules() -> None:
+    assert rates("constant", 5) == [2.0] * 5
+    cycle = rates("one_cycle", 20)
+    assert max(cycle) == pytest.approx(2.0, rel=0.02)
+    assert cycle[0] < 0.1
+    assert cycle[-1] < 1e-3
+    cosine = rates("warmup_cosine", 100)
+    assert cosine[0] == pytest.approx(0.2)
+    assert cosine[50] == pytest.approx(2 * 0.5005)
+    assert cosine[-1] == pytest.approx(2e-3, rel=0.3)
+    assert cosine[8:] == sorted(cosine[8:], reverse=True)
+    steps = rates("warmup_steps", 100)
+    assert steps[0] == pytest.approx(0.2)
+    assert steps[12:70] == [2.0] * 58
+    assert steps[70:] == pytest.approx([0.66] * 20 + [0.2178] * 10)
+
+
+def test_schedules_are_stretched_on_resuming() -> None:
+    short, long = ({"lr": 2.0, "schedule": "warmup_cosine"} for _ in range(2))
+    first = optimization.adam([torch.nn.Parameter(torch.zeros(1))], short, lambda: 10)["lr_scheduler"]["scheduler"]
+    second = optimization.adam([torch.nn.Parameter(torch.zeros(1))], long, lambda: 20)["lr_scheduler"]["scheduler"]
+    for scheduler in [first] * 10:
+        scheduler.optimizer.step()
+        scheduler.step()
+    second.load_state_dict(first.state_dict())
+    second.optimizer.step()
+    second.step()
+    assert second.get_last_lr()[0] == pytest.approx(rates("warmup_cosine", 20)[11])
+
+
+def test_arguments_reach_adam() -> None:
+    hparams = {"lr": 0.1, "schedule": "constant", "betas": [0.8, 0.8], "eps": 1e-4, "weight_decay": 1e-5}
+    (group,) = optimization.adam([torch.nn.Parameter(torch.zeros(1))], hparams, lambda: 1)["optimizer"].param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.8), 1e-4, 1e-5)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="schedule='one_cycle' needs the number of steps"):
+        optimization.adam(
+            [torch.nn.Parameter(torch.zeros(1))], {"lr": 1, "schedule": "one_cycle"}, lambda: float("inf")
+        )
+    with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, one_cycle"):
+        optimization.check_schedule("cosine")
