@@ -413,7 +413,12 @@ def test_bfloat16_trains_as_well(datamodule: Folder, tmp_path: Path) -> None:
 
 def test_the_trainers_own_mixed_precision(datamodule: Folder, tmp_path: Path) -> None:
     engine = Engine(
-        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", precision="bf16-mixed", enable_progress_bar=False
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     engine.fit(CSFlow(**SMALL, image_size=(96, 128)), datamodule=datamodule)
     assert torch.isfinite(engine.trainer.callback_metrics["train_loss_epoch"])
