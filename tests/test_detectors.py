@@ -411,6 +411,14 @@ def test_bfloat16_trains_as_well(datamodule: Folder, tmp_path: Path) -> None:
     assert losses[True] == pytest.approx(losses[False], rel=0.01)
 
 
+def test_the_trainers_own_mixed_precision(datamodule: Folder, tmp_path: Path) -> None:
+    engine = Engine(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", precision="bf16-mixed", enable_progress_bar=False
+    )
+    engine.fit(CSFlow(**SMALL, image_size=(96, 128)), datamodule=datamodule)
+    assert torch.isfinite(engine.trainer.callback_metrics["train_loss_epoch"])
+
+
 def test_bfloat16_is_left_alone_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
     with precision.bfloat16(torch.device("cpu"), wanted=True):

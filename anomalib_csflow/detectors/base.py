@@ -13,6 +13,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
@@ -64,8 +65,12 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the flow's parameters, with the detector's schedule."""
+        is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
         return optimization.adam(
-            self.model.flow.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches
+            self.model.flow.parameters(),
+            self.hparams,
+            lambda: self.trainer.estimated_stepping_batches,
+            fused=not is_mixed,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""Fitting in anomalib's engine: seconds per epoch from the second on, beside anomalib's Csflow.
+
+The same images, backbone weights, size, blocks and width for both; validation off; from the start of an epoch to
+that of the next, checkpoints included.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import get_model
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback, seed_everything
+from PIL import Image
+from rivals import csflow
+from side_by_side import begin, parser, row, write
+
+from anomalib_csflow import FeatureCache
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PAPER_WITHOUT_WEIGHTS = {
+    "backbone": "torchvision/efficientnet_b5",
+    "layer": "features.6.8",
+    "weights": "random",
+    "bfloat16": True,
+}
+"""The time does not depend on the weights: random ones need no hub."""
+
+
+class EpochTimes(Callback):
+    """Seconds from the start of each epoch to the start of the next."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Note the time."""
+        self.starts.append(time.perf_counter())
+
+    def from_the_second(self) -> float:
+        """Median of all complete epochs but the first."""
+        return median(end - start for start, end in zip(self.starts[1:-1], self.starts[2:], strict=True))
+
+
+def images(root: Path, count: int, side: int) -> Path:
+    """A folder of grey noise, in the size of real photographs."""
+    generator = np.random.default_rng(0)
+    (root / "good").mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 255, (side, side), dtype=np.uint8)).save(root / "good" / f"{index}.png")
+    return root
+
+
+def epoch_seconds(model: AnomalibModule, root: Path, batch_size: int, epochs: int) -> float:
+    """Seconds of an epoch from the second on."""
+    seed_everything(0, verbose=False)
+    data = Folder(
+        name="noise",
+        root=root,
+        normal_dir="good",
+        train_batch_size=batch_size,
+        val_split_mode="none",
+        test_split_mode="none",
+        num_workers=0,
+    )
+    times = EpochTimes()
+    with tempfile.TemporaryDirectory() as results:
+        Engine(
+            default_root_dir=results,
+            max_epochs=epochs + 1,
+            accelerator="cpu",
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[times, FeatureCache(Path(results) / "cache")],
+        ).fit(model, datamodule=data)
+    return times.from_the_second()
+
+
+def main() -> None:
+    """Measure both recipes."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", choices=["small", "paper"])
+    arguments = arguments.parse_args()
+    begin(arguments)
+    cases = {
+        "small": ("cs_flow_small.yaml", {}, 96, 300, 16, 6, 1 / 8),
+        "paper": ("cs_flow.yaml", PAPER_WITHOUT_WEIGHTS, 8, 900, 4, 3, 1 / 5),
+    }
+    rows = []
+    for name, (config, changes, count, side, batch_size, epochs, target) in cases.items():
+        if arguments.only not in {None, name}:
+            continue
+        recipe = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"] | changes
+        with tempfile.TemporaryDirectory() as folder:
+            root = images(Path(folder), count, side)
+            ours = get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": recipe})
+            ours_seconds = epoch_seconds(ours, root, batch_size, epochs)
+            del ours
+            theirs_seconds = epoch_seconds(csflow(recipe), root, batch_size, epochs)
+        what = f"{name}: seconds per epoch of {count} images, batches of {batch_size}"
+        rows.append(row(what, ours_seconds, theirs_seconds, target, "s"))
+    write("training" if arguments.only is None else f"training_{arguments.only}", rows)
+
+
+if __name__ == "__main__":
+    main()
