@@ -75,6 +75,9 @@ class FeatureCache(Callback):
         datamodule = getattr(trainer, "datamodule", None)
         if stage != "fit" or self.max_gb == 0 or datamodule is None:
             return
+        if not isinstance(pl_module.model, FlowModel):
+            rank_zero_info(f"FeatureCache does nothing for {type(pl_module).__name__}: it is for flows on features.")
+            return
         views = getattr(pl_module, "cached_views", ("",))
         if not views:
             rank_zero_info(
