@@ -175,7 +175,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's components, and a feature cache unless the trainer has one already."""
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        is_given = any(isinstance(callback, FeatureCache) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        is_given = any(isinstance(callback, FeatureCache) for callback in getattr(self._trainer, "callbacks", ()))
         return callbacks if is_given else [*callbacks, FeatureCache()]
 
     # -- training ---------------------------------------------------------------------------------
