@@ -4,7 +4,10 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -235,6 +238,49 @@ def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
     cached = fit(image_folder, tmp_path, FeatureCache(tmp_path / "cache"), num_workers=2)
     assert cached.images == 12 + 8
     assert cached.losses == pytest.approx(off.losses, rel=1e-5)
+
+
+DISTRIBUTED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from anomalib_csflow import CSFlow, FeatureCache
+
+class Count(Callback):
+    images = 0
+    def setup(self, trainer, pl_module, stage):
+        def count(module, inputs):
+            self.images += len(inputs[0])
+        pl_module.model.features.register_forward_pre_hook(count)
+    def on_train_end(self, trainer, pl_module):
+        print(f"process {trainer.global_rank}: {self.images} images", flush=True)
+
+root, cache, results = sys.argv[1:]
+data = Folder("textures", "train/good", root=root, normal_test_dir="test/good", val_split_mode="none",
+              train_batch_size=3, num_workers=0)
+model = CSFlow("tf_efficientnet_lite0", "blocks.4", "package", image_size=128, num_blocks=1, hidden_channels=8,
+               kernel_sizes=[3], standardize=True)
+Engine(default_root_dir=results, max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=0,
+       enable_progress_bar=False, enable_model_summary=False, callbacks=[Count(), FeatureCache(cache)]
+).fit(model, datamodule=data)
+"""
+
+
+def test_distributed_processes_share_the_work(image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "distributed.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, str(script), str(image_folder), str(tmp_path / "cache"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [int(count) for count in re.findall(r"process \d: (\d+) images", done.stdout)]
+    assert len(counts) == 2
+    assert 12 <= sum(counts) <= 16  # and not 48; both may compute an image at once
+    assert len(files(tmp_path / "cache")) == 12
 
 
 @pytest.mark.parametrize(
