@@ -181,8 +181,7 @@ def run(root: Path, epochs: int = EPOCHS) -> None:
             kernel_sizes=[3],
             hidden_channels=128,
             standardize=True,
-            lr=5e-3,
-            eps=1e-6,
+            lr=3e-3,
             schedule="one_cycle",
             bfloat16=True,
         )
