@@ -233,14 +233,7 @@ def test_smaller_dtypes_train_alike(image_folder: Path, tmp_path: Path, dtype: A
     assert rounded.losses != off.losses
 
 
-def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
-    off = fit(image_folder, tmp_path, FeatureCache(max_gb=0), num_workers=2)
-    cached = fit(image_folder, tmp_path, FeatureCache(tmp_path / "cache"), num_workers=2)
-    assert cached.images == 12 + 8
-    assert cached.losses == pytest.approx(off.losses, rel=1e-5)
-
-
-DISTRIBUTED = """
+SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
@@ -257,29 +250,48 @@ class Count(Callback):
             self.images += len(inputs[0])
         pl_module.model.features.register_forward_pre_hook(count)
     def on_train_end(self, trainer, pl_module):
-        print(f"process {trainer.global_rank}: {self.images} images", flush=True)
+        loss = float(trainer.callback_metrics["train_loss_epoch"])
+        print(f"process {trainer.global_rank}: {self.images} images, loss {loss}", flush=True)
 
-root, cache, results = sys.argv[1:]
+root, results, cache, max_gb, devices, num_workers = sys.argv[1:]
 data = Folder("textures", "train/good", root=root, normal_test_dir="test/good", val_split_mode="none",
-              train_batch_size=3, num_workers=0)
+              train_batch_size=3,
+              num_workers=int(num_workers))
 model = CSFlow("tf_efficientnet_lite0", "blocks.4", "package", image_size=128, num_blocks=1, hidden_channels=8,
                kernel_sizes=[3], standardize=True)
-Engine(default_root_dir=results, max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", limit_val_batches=0,
-       enable_progress_bar=False, enable_model_summary=False, callbacks=[Count(), FeatureCache(cache)]
+torch.manual_seed(0)
+Engine(default_root_dir=results, max_epochs=3, accelerator="cpu", devices=int(devices), limit_val_batches=0,
+       strategy="ddp" if devices == "2" else "auto", enable_progress_bar=False, enable_model_summary=False,
+       callbacks=[Count(), FeatureCache(cache, max_gb=float(max_gb))]
 ).fit(model, datamodule=data)
 """
 
 
-def test_distributed_processes_share_the_work(image_folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / "distributed.py"
-    script.write_text(DISTRIBUTED)
-    command = [sys.executable, str(script), str(image_folder), str(tmp_path / "cache"), str(tmp_path)]
+def fit_in_a_process_of_its_own(
+    root: Path, tmp_path: Path, *, max_gb: int = 1, devices: int = 1, num_workers: int = 0
+) -> list[tuple[int, float]]:
+    """Images through the backbone and the last loss, of each process: forking this one, with all it runs, may fail."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    options = [root, tmp_path, tmp_path / "cache", max_gb, devices, num_workers]
+    command = [sys.executable, str(script), *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    counts = [int(count) for count in re.findall(r"process \d: (\d+) images", done.stdout)]
-    assert len(counts) == 2
-    assert 12 <= sum(counts) <= 16  # and not 48; both may compute an image at once
+    return [(int(n), float(loss)) for n, loss in re.findall(r"process \d: (\d+) images, loss (\S+)", done.stdout)]
+
+
+def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
+    ((images, loss),) = fit_in_a_process_of_its_own(image_folder, tmp_path, num_workers=2)
+    ((images_off, loss_off),) = fit_in_a_process_of_its_own(image_folder, tmp_path, max_gb=0, num_workers=2)
+    assert (images, images_off) == (12, 48)
+    assert loss == pytest.approx(loss_off, rel=1e-4)
+
+
+def test_distributed_processes_share_the_work(image_folder: Path, tmp_path: Path) -> None:
+    processes = fit_in_a_process_of_its_own(image_folder, tmp_path, devices=2)
+    assert len(processes) == 2
+    assert 12 <= sum(images for images, _ in processes) <= 16  # and not 48; both may compute an image at once
     assert len(files(tmp_path / "cache")) == 12
 
 
