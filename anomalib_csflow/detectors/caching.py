@@ -15,10 +15,10 @@ from torchvision.transforms import v2
 
 from anomalib_csflow import weights
 from anomalib_csflow.feature_cache import FeatureStore, default_directory, image_key
+from anomalib_csflow.flows.pyramid import Pyramid
 
 from .flow_model import FlowModel
 
-Pyramid = tuple[Tensor, ...]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 FIXED_TRANSFORMS = (
