@@ -1,5 +1,6 @@
 # make demo    makes the environment, then shows CS-Flow on real textures
-# make check   makes the environment, then passes format, lint, types, doctests and tests
+# make check   makes the environment, then passes format, lint, types, documentation, doctests and tests
+# make docs    builds the documentation in docs/_build/html
 # make floors  passes the tests with the oldest dependencies that pyproject.toml allows
 # PIP_ARGS goes to pip, for example a mirror or PyTorch's index of CPU builds (see README)
 
@@ -8,7 +9,9 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo check format real-data floors
+DOCS = $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --nitpicky --fresh-env --write-all docs docs/_build/html
+
+.PHONY: demo check docs format real-data floors
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,8 +22,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(DOCS)
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 0 --nbmake notebooks
+
+docs: $(VENV)/.installed-dev
+	$(DOCS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
@@ -43,5 +50,5 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/py
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,dev]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,docs,dev]'
 	touch $@

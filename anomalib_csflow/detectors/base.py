@@ -41,9 +41,10 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
     (direct subclasses only) never finds a detector of ours in place of one of its own.
 
-    A subclass passes its arguments up, then sets ``self.model`` to a :class:`FlowModel`. It must have
-    init arguments ``backbone``, ``image_size`` and ``antialias``: anomalib rebuilds a model from its checkpoint with
-    the default pre-processor, which is made from them.
+    A subclass passes its arguments up, then sets ``self.model`` to a
+    :class:`~anomalib_csflow.detectors.flow_model.FlowModel`. It must have init arguments ``backbone``, ``image_size``
+    and ``antialias``: anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made
+    from them.
     """
 
     model: FlowModel

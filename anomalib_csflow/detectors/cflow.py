@@ -4,6 +4,7 @@ Denis Gudovskiy, Shun Ishizaka, Kazuki Kozuka, "CFLOW-AD: Real-Time Unsupervised
 Localization via Conditional Normalizing Flows", WACV 2022, https://arxiv.org/abs/2107.12571.
 
 Differs from the published code:
+
 - scores are absolute: densities are taken relative to the highest of the training's last epoch, which the
   checkpoint holds, and not of the test set, on which the published scores of an image depend;
 - the map is -log of the mean over layers of these relative densities, which orders cells as the published

@@ -4,6 +4,7 @@ Marco Rudolph, Tom Wehrbein, Bodo Rosenhahn, Bastian Wandt, "Fully Convolutional
 for Image-based Defect Detection", WACV 2022, https://arxiv.org/abs/2110.02855.
 
 Differs from the published code:
+
 - the inverse inverts (the published one reads the wrong maps);
 - latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
 - any backbone, layer, number of scales and image size;

@@ -4,6 +4,7 @@ Marco Rudolph, Bastian Wandt, Bodo Rosenhahn, "Same Same But DifferNet: Semi-Sup
 with Normalizing Flows", WACV 2021, https://arxiv.org/abs/2008.12577.
 
 Differs from the published code:
+
 - the test's angles are always the fixed ones (the published test during training draws them);
 - latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
 - images are turned as tensors, to the nearest pixel as published, after they are normalized;

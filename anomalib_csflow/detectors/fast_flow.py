@@ -4,6 +4,7 @@ Jiawei Yu, Ye Zheng, Xiang Wang, Wei Li, Yushuang Wu, Rui Zhao, Liwei Wu, "FastF
 Detection and Localization via 2D Normalizing Flows", 2021, https://arxiv.org/abs/2111.07677.
 
 Differs from the published code (the authors published none: gathierry/FastFlow is the closest):
+
 - convolutional features are standardized per channel with statistics of the training set, where that code
   learns a layer norm over channels, height and width: one that is bound to an image size, and that the
   likelihood does not count. Here the likelihood is exact and any size will do;

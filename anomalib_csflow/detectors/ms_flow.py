@@ -4,6 +4,7 @@ Yixuan Zhou, Xing Xu, Jingkuan Song, Fumin Shen, Heng Tao Shen, "MSFlow: Multi-S
 for Unsupervised Anomaly Detection", IEEE TNNLS 2024, https://arxiv.org/abs/2308.15300.
 
 Differs from the published code:
+
 - likelihoods are absolute: the published maps subtract each image's own maximum, so that the scores of two
   images, or of a map's cells in two images, cannot be compared;
 - the map is -log of the mean over layers of these likelihoods, the score -log of the mean of the least 3 % of

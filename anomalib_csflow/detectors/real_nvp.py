@@ -6,6 +6,7 @@ rates foreign images as likely as its own, a flow of embeddings does not. The pi
 :class:`anomalib_csflow.flows.PixelFlow`; ``notebooks/real_nvp.ipynb`` shows both.
 
 Differs from the published code:
+
 - width and depth of the perceptrons, learning rate and number of epochs are ours: it names none for embeddings;
 - the embeddings are of the images at hand, at the backbone's own image size, and not of CIFAR-10's;
 - weight decay on all of the flow's parameters; the rescaling has no weight norm;

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2006.08545; the flow is that of Dinh, Sohl-Dickstein, Beng
 using Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803, section 3.
 
 Differs from the published code:
+
 - the conditioners have no batch norm, with which an image's likelihood would depend on the others in training,
   and no weight norm; their last layer begins at zero;
 - without ``noise`` the dequantisation adds one half everywhere, so that a likelihood is a function of the image.

@@ -1,0 +1,75 @@
+"""CellFlow: one layer's map, each cell's vector through a flow of its own. An example, of no paper."""
+
+from collections.abc import Sequence
+
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor, nn
+
+from anomalib_csflow import scoring
+from anomalib_csflow.detectors.base import FlowDetector
+from anomalib_csflow.detectors.flow_model import FlowModel
+from anomalib_csflow.detectors.optimization import Schedule, check_schedule
+from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
+from anomalib_csflow.weights import create_backbone
+
+
+def pointwise(in_channels: int, out_channels: int) -> nn.Module:
+    """The network of a block: it sees one cell at a time."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 64, 1),
+        nn.ReLU(),
+        nn.Conv2d(64, out_channels, 1),
+    )
+
+
+class CellFlowModel(FlowModel):
+    """The network: features, an invertible flow, a score."""
+
+    def __init__(self, features: LayerPyramid, num_blocks: int) -> None:
+        dims = [(channels, 1, 1) for channels in features.channels]  # of any size
+        flow = ParallelFlow(dims, subnets=[[pointwise] * num_blocks])
+        super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow]))
+
+    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """The energy of each cell, and its mean."""
+        return InferenceBatch(
+            pred_score=scoring.mean_energy(latents),
+            anomaly_map=scoring.anomaly_map(latents, size),
+        )
+
+
+class CellFlow(FlowDetector):
+    """CellFlow in anomalib."""
+
+    model: CellFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite2",
+        layer: str = "blocks.4",
+        weights: str = "package",
+        image_size: int | tuple[int, int] = 256,
+        antialias: bool = False,
+        num_blocks: int = 4,
+        lr: float = 1e-3,
+        schedule: Schedule = "one_cycle",
+        max_epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        # whatever can be wrong is said before the backbone is built
+        check_schedule(schedule)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        # random weights can be had nowhere again: they must be in the checkpoint
+        self.keep_backbone = weights == "random"
+        features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), [layer]))
+        if self.input_size is not None:
+            features.check_size(*self.input_size)
+        self.model = CellFlowModel(features, num_blocks)
