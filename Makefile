@@ -39,16 +39,16 @@ real-data: $(VENV)/.installed
 
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
-	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,offline,demo,dev]'
+	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,offline,demo,benchmark,dev]'
 	$(VENV)-floors/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,benchmark]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,docs,dev]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,benchmark,docs,dev]'
 	touch $@

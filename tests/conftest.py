@@ -116,3 +116,16 @@ def test_data() -> Path:
     if not root:
         pytest.skip("ANOMALIB_CSFLOW_TEST_DATA does not name a folder with golden/")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark's folder with its page; nobody writes there."""
+    from benchmark_output import write_output
+
+    from anomalib_csflow.benchmark import report
+
+    out = tmp_path_factory.mktemp("benchmark")
+    write_output(out)
+    assert report.write(out) == out / "report.html"
+    return out
