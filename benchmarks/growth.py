@@ -39,7 +39,11 @@ CORESET = 0.01
 def one(model: str, settings: dict[str, int]) -> dict[str, float]:
     """Fit once: seconds, and the memory that it took beyond what was there before."""
     seed_everything(0, verbose=False)
-    backbone = {"backbone": "tf_efficientnet_lite2", "weights": "package", "image_size": settings["image_size"]}
+    backbone: dict[str, Any] = {
+        "backbone": "tf_efficientnet_lite2",
+        "weights": "package",
+        "image_size": settings["image_size"],
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = Folder(
@@ -61,7 +65,7 @@ def one(model: str, settings: dict[str, int]) -> dict[str, float]:
                 bfloat16=True,
             )
         else:
-            detector = patchcore(backbone, ["blocks.4"], CORESET)
+            detector = patchcore(**backbone, layers=["blocks.4"], coreset_sampling_ratio=CORESET)
         engine = Engine(
             default_root_dir=root,
             **({"max_epochs": EPOCHS} if model == "CSFlow" else {}),

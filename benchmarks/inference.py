@@ -23,10 +23,10 @@ from anomalib.engine import Engine
 from anomalib.models import get_model
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import seed_everything
-from rivals import csflow, patchcore
+from rivals import patchcore
 from side_by_side import begin, parser, row, write
 from torchmetrics.functional.classification import binary_auroc
-from training import CONFIGS, images
+from training import CONFIGS, images, their_csflow
 
 from anomalib_csflow.benchmark.__main__ import datamodule
 
@@ -153,9 +153,18 @@ def main() -> None:
 
         path, export_s = export(ours, root / "ours")
         int8, _ = export(ours, root / "int8", compression_type=CompressionType.INT8_PTQ, datamodule=data)
-        theirs, _ = export(csflow(model).eval(), root / "csflow", input_size=(size, size))
+        theirs, _ = export(their_csflow(model), root / "csflow", input_size=(size, size))
         bank, _ = export(
-            with_random_memory(patchcore(model, PATCHCORE_LAYERS, CORESET), size),
+            with_random_memory(
+                patchcore(
+                    model["backbone"],
+                    model["weights"],
+                    size,
+                    layers=PATCHCORE_LAYERS,
+                    coreset_sampling_ratio=CORESET,
+                ),
+                size,
+            ),
             root / "patchcore",
             onnx_kwargs={"dynamic_shapes": None},
             input_size=(size, size),

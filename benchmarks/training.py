@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from anomalib.models import get_model
+from anomalib.models import Csflow, get_model
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, seed_everything
 from PIL import Image
@@ -31,6 +31,12 @@ PAPER_WITHOUT_WEIGHTS = {
     "bfloat16": True,
 }
 """The time does not depend on the weights: random ones need no hub."""
+
+
+def their_csflow(recipe: dict[str, Any]) -> Csflow:
+    """Anomalib's Csflow with a recipe's backbone, weights, size, blocks and width."""
+    shared = ("backbone", "weights", "image_size", "layer", "kernel_sizes", "hidden_channels")
+    return csflow(**{name: recipe[name] for name in shared})
 
 
 class EpochTimes(Callback):
@@ -108,7 +114,7 @@ def main() -> None:
             ours = get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": recipe})
             ours_seconds = epoch_seconds(ours, root, batch_size, epochs)
             del ours
-            theirs_seconds = epoch_seconds(csflow(recipe), root, batch_size, epochs)
+            theirs_seconds = epoch_seconds(their_csflow(recipe), root, batch_size, epochs)
         what = f"{name}: seconds per epoch of {count} images, batches of {batch_size}"
         rows.append(row(what, ours_seconds, theirs_seconds, target, "s"))
     write("training" if arguments.only is None else f"training_{arguments.only}", rows)
