@@ -137,8 +137,9 @@ def write_output(out: Path, seeds: int = 2, num_samples: int = 3) -> list[dict[s
                     failed = ("format", "detector", "class_path", "origin", "data", "seed")
                     row = {key: value if key in failed else None for key, value in row.items()}
                     row |= {"status": "failed", "notes": [], "reason": f"it ran out of memory {ODD} in epoch 3."}
+                row["cell"] = f"{number}-{'tiles' if masks else 'bottle'}-{seed}"
                 rows.append(row)
-                folder = out / "cells" / f"{number}-{'tiles' if masks else 'bottle'}-{seed}"
+                folder = out / "cells" / row["cell"]
                 folder.mkdir(parents=True)
                 (folder / "result.json").write_text(json.dumps(row))
                 if row["status"] == "done":

@@ -1,19 +1,29 @@
-"""The table on real images and the demo, on a small scale."""
+"""The benchmark and the demo, on a small scale."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
-from anomalib.data import ImageBatch
-from conftest import SMALL
 from huggingface_hub import constants
 from PIL import Image
 
 from anomalib_csflow import demo
-from anomalib_csflow.benchmark import __main__ as table
-from anomalib_csflow.benchmark import measure
+from anomalib_csflow.benchmark import accuracy, build, cell, config, measure, pipeline, plan, results, samples, timing
+
+SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
+REAL_NVP = {
+    "class_path": "RealNVP",
+    "init_args": {"layer": "blocks.4", "hidden_channels": 16, "num_blocks": 2, "standardize": True, "lr": 1e-3},
+    "epochs": 2,
+    "train_batch_size": 4,
+}
+PATCHCORE = {"class_path": "Patchcore", "name": "PatchCore", "init_args": {"layers": ["blocks.4"]}}
 
 
 @pytest.fixture
@@ -28,44 +38,269 @@ def mvtec_layout(image_folder: Path, tmp_path: Path) -> Path:
     return root.parent
 
 
-def test_table(mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache of the test's own, for this process and those that it starts, and no network."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    recipe = {
-        "model": {"class_path": "anomalib_csflow.CSFlow", "init_args": SMALL | {"image_size": 96}},
-        "data": {"init_args": {"train_batch_size": 4, "eval_batch_size": 4, "num_workers": 0}},
-        "trainer": {"max_epochs": 8},
-    }
-    config = tmp_path / "recipe.yaml"
-    config.write_text(yaml.safe_dump(recipe))
-    out = tmp_path / "out"
-    argv = ["benchmark", str(mvtec_layout), f"--config={config}", f"--out={out}", "--seeds", "0", "1"]
-    monkeypatch.setattr("sys.argv", argv)
-    table.main()
-    text = (out / "table.md").read_text()
-    assert text.count("textures") == 2
-    assert "commit" in text
-    rows = table.pd.read_csv(out / "rows.csv")
-    assert list(rows["model"]) == ["CSFlow", "CSFlow", "Patchcore", "Patchcore"]
-    assert (rows["image AUROC"] > 0.9).all()
-    assert (rows["pixel AUROC"] > 0.8).all()
-    assert rows["AUPRO"].between(0, 1).all()
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
 
 
-def test_no_data_set_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no data set in MVTec AD's layout"):
-        table.data_sets(tmp_path)
+def one_cell(root: Path, detector: dict) -> plan.Cell:
+    (data,) = config.read_data(str(root))
+    (made,) = plan.cells([config.read_detector(detector, Path())], [data], [0], SHARED, "cpu")
+    return made
+
+
+def predictions(count: int = 20, side: int = 32) -> accuracy.Predictions:
+    """Of a detector that is right but for noise: defects score 1 more, in a square of the map."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2 == 1
+    masks = torch.zeros(count, side, side, dtype=torch.bool)
+    masks[labels, 8:16, 8:16] = True
+    maps = masks + 0.3 * torch.randn(masks.shape, generator=generator)
+    scores = labels + 0.3 * torch.randn(count, generator=generator)
+    paths = [Path(("good", "hole", "good", "crack")[i % 4]) / f"{i:02d}.png" for i in range(count)]
+    return accuracy.Predictions(paths, measure.comparable(scores), labels, measure.comparable(maps), masks)
+
+
+def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    path, out = tmp_path / "benchmark.yaml", tmp_path / "out"
+    broken = REAL_NVP | {"name": "Broken", "init_args": REAL_NVP["init_args"] | {"layer": "blocks.99"}}
+    entries = {"detectors": [REAL_NVP, broken], "shared": SHARED, "seeds": [3], "accelerator": "cpu"}
+    path.write_text(yaml.safe_dump(entries))
+    command = [sys.executable, "-W", "ignore", "-m", "anomalib_csflow.benchmark", f"--config={path}", f"--out={out}"]
+    command.append(f"--data={mvtec_layout}")
+
+    def run(*options: str) -> str:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "2 of 2 cells to be measured" in run("--dry_run=true")
+    assert not out.exists()
+    printed = run()
+    assert "2 of 2 cells" in printed
+    assert "failed: ValueError" in printed
+    assert "blocks.99" in printed
+    done, failed = json.loads((out / "results.json").read_text())["rows"]
+    assert (done["status"], failed["status"]) == ("done", "failed")
+    assert "blocks.99" in failed["reason"]
+    assert done["image_AUROC"] > 0.8
+    assert done["pixel_AUROC"] is None
+    assert done["notes"] == ["no heat maps: no pixel figures"]
+    assert (done["epochs"], done["train_images"], done["origin"]) == (2, 12, "anomalib_csflow")
+    for name in ("fit_s", "fit_peak_mb", "export_s", "compile_s", "file_mb", "inference_peak_mb", "parameters"):
+        assert done[name] > 0, name
+    for engine in ("torch", "openvino"):
+        for size in (1, 8):
+            assert 0 < done[f"{engine}_b{size}_p50_ms"] <= done[f"{engine}_b{size}_p95_ms"]
+            assert done[f"{engine}_b{size}_per_s"] > 0
+    assert done["inference_peak_mb"] < done["torch_peak_mb"]  # without torch
+    assert (out / "report.html").is_file()
+    assert "RealNVP" in (out / "results.md").read_text()
+    table = pd.read_csv(out / "results.csv")
+    assert list(table["status"]) == ["done", "failed"]
+    # given again, it measures only what failed
+    before = (out / "cells" / one_slug(out, "RealNVP") / "result.json").read_text()
+    assert "1 of 2 cells to be measured" in run("--dry_run=true")
+    assert "1 of 1 cells" in run()
+    assert (out / "cells" / one_slug(out, "RealNVP") / "result.json").read_text() == before
+    # a result of another version is not mixed in
+    result = out / "cells" / one_slug(out, "RealNVP") / "result.json"
+    result.write_text(json.dumps(json.loads(before) | {"format": 0}))
+    other = subprocess.run([*command, "--dry_run=true"], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert other.stderr.strip().splitlines()[-1].endswith("choose another --out, or move that folder away")
+
+
+def one_slug(out: Path, name: str) -> str:
+    (folder,) = (out / "cells").glob(f"{name}-*")
+    return folder.name
+
+
+@pytest.mark.filterwarnings("ignore")  # a cell ignores those of anomalib's models too
+def test_cell_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    made = one_cell(mvtec_layout, PATCHCORE)
+    folder = tmp_path / "out" / "cells" / made.slug
+    folder.mkdir(parents=True)
+    row = cell.fit(made, folder)
+    assert row["origin"] == "anomalib"
+    assert (row["backbone"], row["weights"], row["image_size"], row["notes"]) == (
+        "tf_efficientnet_lite0",
+        "package",
+        [96, 96],
+        [],
+    )
+    assert row["image_AUROC"] > 0.9
+    assert row["pixel_AUROC"] > 0.8
+    assert 0 < row["AUPRO"] <= 1
+    with np.load(folder / "curves.npz") as curves:
+        for name in ("roc", "pro"):
+            assert curves[name].shape[0] == 2
+            assert (np.diff(curves[name][0]) >= 0).all()
+    names = json.loads((tmp_path / "out" / "samples" / "textures" / "samples.json").read_text())
+    with np.load(folder / "maps.npz") as maps:
+        assert sorted(maps.files) == sorted([*(entry["id"] for entry in names), "lo", "hi"])
+        assert maps["lo"] < maps["hi"]
+        for entry in names:  # the defect is the brightest part
+            mask_path = tmp_path / "out" / "samples" / "textures" / f"{entry['id']}_mask.png"
+            mask = np.asarray(Image.open(mask_path).resize(maps[entry["id"]].shape[::-1])) > 0
+            if mask.any():
+                assert maps[entry["id"]][mask].mean() > maps[entry["id"]][~mask].mean()
+    exported = cell.export(made, folder)
+    assert exported["notes"] == ["exported for single images"]  # with so small a memory
+    command = [sys.executable, timing.__file__, exported["xml"], str(folder / "batches.npz"), "1"]
+    timed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert timed["openvino_b1_p50_ms"] > 0
+    assert "openvino_b8_p50_ms" not in timed
+
+
+def test_all_get_the_same_preparation_and_differences_are_said(mvtec_layout: Path, hub: Path) -> None:
+    ours = REAL_NVP | {"init_args": REAL_NVP["init_args"] | {"image_size": [64, 96], "antialias": True}}
+    made = one_cell(mvtec_layout, ours)
+    found = build.settings(made, build.model(made))
+    assert found["notes"] == ["images of 64 x 96 pixels", "resized with antialiasing"]
+    same = one_cell(mvtec_layout, REAL_NVP)
+    patchcore = one_cell(mvtec_layout, PATCHCORE)
+    image = torch.rand(1, 3, 200, 150)
+    assert build.settings(same, build.model(same))["notes"] == []
+    torch.testing.assert_close(build.model(same).pre_processor(image), build.model(patchcore).pre_processor(image))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("Patchcor", "unknown detector 'Patchcor'; is it Patchcore"),
+        ("no.such.Thing", "unknown detector 'no.such.Thing'"),
+        ({"name": "x"}, "needs a class_path"),
+        ({"class_path": "Patchcore", "epoch": 1}, "has no key 'epoch'"),
+        ({"class_path": "Patchcore", "init_args": {"layer": "x"}}, "Patchcore has no argument 'layer'"),
+        ({"config": "no/such.yaml"}, "no recipe"),
+    ],
+)
+def test_bad_detectors_are_said_before_the_work(entry: object, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        config.read_detector(entry, Path())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("no/such/folder", "no data set in MVTec AD's layout"),
+        ({"class_path": "MVTec"}, "unknown datamodule 'MVTec'; is it MVTec"),
+        ({"class_path": "anomalib.data.Folder", "root": "x"}, "has no key 'root'"),
+    ],
+)
+def test_bad_data_is_said_before_the_work(entry: object, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        config.read_data(entry)
+
+
+def test_missing_images_are_said_before_the_work(tmp_path: Path) -> None:
+    from anomalib_csflow.benchmark.__main__ import estimate
+
+    entry = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "bottle"}}
+    (data,) = config.read_data(entry)
+    assert data.name == "bottle"
+    cells = plan.cells([config.read_detector(REAL_NVP, Path())], [data], [0], SHARED, "cpu")
+    with pytest.raises(FileNotFoundError, match=r"data set bottle: .*prepare it first"):
+        estimate(cells, [])
+    (tmp_path / "train" / "good").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="needs a folder good"):
+        config.read_data(str(tmp_path))
+
+
+def test_one_name_is_one_thing(mvtec_layout: Path) -> None:
+    detector, (data,) = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
+    with pytest.raises(ValueError, match="two detectors are called 'RealNVP'"):
+        plan.cells([detector, detector], [data], [0], {}, "cpu")
+    with pytest.raises(ValueError, match="two data sets are called 'textures'"):
+        plan.cells([detector], [data, data], [0], {}, "cpu")
+    with pytest.raises(ValueError, match="shared has no 'layers'"):
+        plan.cells([detector], [data], [0], {"layers": []}, "cpu")
+    one, other = plan.cells([detector], [data], [0, 1], {}, "cpu")
+    assert one.slug != other.slug
+    assert (one.samples, other.samples) == (True, False)
+
+
+def test_recipes_of_the_default_configuration() -> None:
+    root = Path(__file__).parents[1]
+    entries = yaml.safe_load((root / "configs" / "benchmark.yaml").read_text())
+    found = [config.read_detector(entry, root) for entry in entries["detectors"]]
+    packages = {d.class_path.partition(".")[0] for d in found}
+    assert packages == {"anomalib_csflow", "benchmarks"}
+    assert len({d.name for d in found}) == len(found)
+    cs_flow = next(d for d in found if d.class_path == "anomalib_csflow.CSFlow")
+    assert cs_flow.epochs == 12
+    shared = {key: cs_flow.init_args[key] for key in plan.SHARED}
+    assert shared == entries["shared"]
+
+
+def test_metrics_against_a_case_that_is_known() -> None:
+    found = accuracy.evaluate(predictions())
+    assert all(0.5 < found[name] <= 1 for name in found if name != "AUPIMO"), found
+    perfect = accuracy.Predictions(
+        predictions().paths, predictions().labels.float(), predictions().labels, None, predictions().masks
+    )
+    found = accuracy.evaluate(perfect)
+    assert (found["image_AUROC"], found["image_AP"], found["image_F1"]) == (1, 1, 1)
+    assert np.isnan(found["pixel_AUROC"])
+
+
+def test_f1_thresholds_come_from_the_other_half() -> None:
+    # one half's scores are shifted by 10: its best threshold calls all of the other half good, and the reverse
+    labels = torch.tensor([0, 1] * 10).bool()
+    paths = [Path(f"{i:02d}.png") for i in range(20)]
+    order = torch.tensor(sorted(range(20), key=lambda i: (bool(labels[i]), str(paths[i]))))
+    scores = labels.float()
+    scores[order[1::2]] += 10
+    found = accuracy.evaluate(accuracy.Predictions(paths, measure.comparable(scores), labels, None, None))
+    assert found["image_F1"] == pytest.approx(2 / 4)  # all 5 defects of a half by 5 false alarms, none of the other's
 
 
 def test_scores_keep_their_order() -> None:
-    scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0])
-    batch = ImageBatch(
-        image=torch.zeros(5, 3, 2, 2), pred_score=scores, anomaly_map=scores[:, None, None].expand(5, 2, 2)
-    )
-    measure.ComparableScores().post_process_batch(batch)
-    assert (batch.pred_score.diff() > 0).all()
-    assert batch.pred_score.min() >= 0
-    assert batch.anomaly_map.max() < 1
+    scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0, 1e5, 1e5 + 1])
+    squashed = measure.comparable(scores)
+    assert (squashed.diff() > 0).all()
+    assert (squashed.min(), squashed.max()) == (0, 1)
+    assert measure.comparable(torch.ones(3)).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="not finite"):
+        measure.comparable(torch.tensor([1.0, float("nan")]))
+
+
+def test_samples_show_each_kind_and_a_good_image() -> None:
+    found = predictions()
+    kinds = [found.paths[i].parent.name for i in samples.choose(found)]
+    assert len(kinds) == samples.MAX_SAMPLES
+    assert kinds[-1] == "good"
+    assert set(kinds) == {"crack", "hole", "good"}
+
+
+def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert results.read(path) is None
+    row = {"format": results.FORMAT, "versions": results.versions(), "status": "done"}
+    results.write_json(path, row | {"fit_s": float("nan")})
+    assert results.read(path) == row | {"fit_s": None}
+    results.write_json(path, row | {"versions": row["versions"] | {"torch": "1.0"}})
+    with pytest.raises(ValueError, match=r"measured with torch 1\.0, and here is torch"):
+        results.read(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="of format None and this version writes 1"):
+        results.read(path)
+
+
+def test_reasons_are_one_sentence(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("Testing\nTraceback:\n  File x\nlightning.fabric.utilities.SomeError: it is wrong\n\n")
+    assert pipeline._reason(1, log) == "SomeError: it is wrong"
+    assert pipeline._reason(-9, log) == "killed by SIGKILL (is there enough memory?)"
+    log.write_text("no words of Python's\n")
+    assert pipeline._reason(2, log) == "no words of Python's"
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

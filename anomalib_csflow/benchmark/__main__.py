@@ -1,147 +1,123 @@
-"""The table of the README: CS-Flow's small recipe beside anomalib's PatchCore, on real images.
+"""``python -m anomalib_csflow.benchmark --config configs/benchmark.yaml``: detectors x data sets x seeds, in one table.
 
-``python -m anomalib_csflow.benchmark ROOT`` measures each data set under ROOT that is in MVTec AD's layout
-(``train/good``, ``test/<kind>``, ``ground_truth/<kind>``): same weights, image size and images for both.
+Each cell is measured in processes of its own and written when it is finished. The command, given again, goes on where
+it stopped, and tries cells that failed once more.
 """
 
-import argparse
-import os
-import platform
-import subprocess
+import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
-import yaml
-from anomalib.data import Folder
-from anomalib.models import Patchcore, get_model
-from anomalib.models.components import AnomalibModule
-from anomalib.pre_processing import PreProcessor
+from anomalib.data import AnomalibDataModule
+from jsonargparse import auto_cli
 from rich.console import Console
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from rich.table import Table
 
-from anomalib_csflow import weights
-from anomalib_csflow.benchmark import measure
+from . import config, plan, report, results
+from .pipeline import CellGenerator, CellRunner
 
-CONFIG = Path("configs/cs_flow_small.yaml")
-PATCHCORE_LAYER = "blocks.4"  # stride 16: with stride 8 too, the memory's selection takes hours on 761 images
-PATCHCORE_RATIO = 0.01
+SECONDS_PER_IMAGE = 0.05  # of an epoch, for a detector that has not been measured here yet: one thread of a Xeon
+SECONDS_PER_CELL = 90.0  # for starting, testing, exporting and timing
 
 
-def data_sets(root: Path) -> list[Path]:
-    """Folders under root that hold a data set in MVTec AD's layout.
+def count_images(cell: plan.Cell) -> int:
+    """Good images that a data set has for training; fails where the data cannot be had."""
+    data: AnomalibDataModule = plan.datamodule(cell)
+    try:
+        data.setup()
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        msg = f"data set {cell.data.name}: {error}; prepare it first, or leave it out of the benchmark"
+        raise FileNotFoundError(msg) from error
+    return len(data.train_data)
 
-    Raises:
-        FileNotFoundError: if there is none.
+
+def estimate(cells: list[plan.Cell], done: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each cell by its slug: those of the same detector where one is done, a rough guess where none is."""
+    images = {}
+    for cell in cells:
+        if cell.data.name not in images:
+            images[cell.data.name] = count_images(cell)
+    seconds = {}
+    for cell in cells:
+        epochs = cell.detector.epochs or 1
+        rates = [
+            row["fit_s"] / row["train_images"]
+            for row in done
+            if row["detector"] == cell.detector.name and row["status"] == "done"
+        ]
+        rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE * epochs
+        seconds[cell.slug] = SECONDS_PER_CELL + rate * images[cell.data.name]
+    return seconds
+
+
+def run(
+    detectors: list[dict[str, Any] | str],
+    data: str | list[dict[str, Any] | str],
+    seeds: list[int] = [0, 1],  # noqa: B006 (jsonargparse shows it as the default)
+    shared: dict[str, Any] | None = None,
+    accelerator: str = "auto",
+    out: Path = Path("runs/benchmark"),
+    jobs: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Measure detectors on data sets and make tables and a page of it.
+
+    Args:
+        detectors: classes by name or import path, with init_args, name, epochs, batch sizes, note; or config, a recipe.
+        data: folders in MVTec AD's layout, or of such; or datamodules by class_path with init_args and name.
+        seeds: one cell for each.
+        shared: backbone, weights, image_size and antialias, for all detectors that can take them.
+        accelerator: as Lightning names it.
+        out: folder of the results; cells that are finished there are not measured again.
+        jobs: cells at once, each on a device of its own, or with its share of the processors.
+        dry_run: list the cells with an estimate of their time and stop.
     """
-    found = sorted(path.parent.parent for path in root.glob("*/train/good"))
-    if not found:
-        msg = f"no data set in MVTec AD's layout (NAME/train/good) under {root.absolute()}"
-        raise FileNotFoundError(msg)
-    return found
+    console = Console()
+    entries = data if isinstance(data, list) else [data]
+    sets = [data_set for entry in entries for data_set in config.read_data(entry)]
+    chosen = [config.read_detector(entry, Path()) for entry in detectors]
+    cells = plan.cells(chosen, sets, seeds, shared or {}, accelerator)
+    rows = {cell.slug: results.read(out / "cells" / cell.slug / "result.json") for cell in cells}
+    done = {slug: row for slug, row in rows.items() if row is not None and row["status"] == "done"}
+    seconds = estimate(cells, list(done.values()))
+    left = [cell for cell in cells if cell.slug not in done]
+    if dry_run:
+        console.print(listing(cells, seconds, set(done)))
+        total = sum(seconds[cell.slug] for cell in left) / jobs / 60
+        console.print(f"{len(left)} of {len(cells)} cells to be measured, about {total:.0f} minutes")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    fresh: list[dict[str, Any]] = []
+    try:
+        CellRunner(CellGenerator(left, out, jobs), seconds, console).run()
+    finally:
+        finished = [results.read(out / "cells" / cell.slug / "result.json") for cell in cells]
+        fresh = [row for row in finished if row is not None]
+        results.save(fresh, out)
+    console.print(*results.terminal(fresh), sep="\n")
+    console.print(*results.remarks(fresh), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    page = report.write(out)
+    console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)
 
 
-def datamodule(path: Path, **arguments: Any) -> Folder:
-    """Anomalib's datamodule of one data set; nothing of the test set is used in training."""
-    kinds = sorted(folder.name for folder in (path / "test").iterdir() if folder.name != "good")
-    return Folder(
-        name=path.name,
-        root=path,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=[f"test/{kind}" for kind in kinds],
-        mask_dir=[f"ground_truth/{kind}" for kind in kinds],
-        val_split_mode="none",
-        **arguments,
-    )
-
-
-def patchcore(model: dict[str, Any]) -> AnomalibModule:
-    """Anomalib's PatchCore on the same backbone, weights and image size as the recipe's."""
-    backbone, size = model["backbone"], model["image_size"]
-    if model["weights"] == "package":
-        weights.install(backbone)
-    elif model["weights"] != "hub":
-        msg = f"PatchCore cannot be given the recipe's weights {model['weights']!r}: only 'package' and 'hub' reach it"
-        raise ValueError(msg)
-    mean, std = weights.normalization(backbone)
-    transform = Compose([Resize([size, size] if isinstance(size, int) else size, antialias=True), Normalize(mean, std)])
-    return Patchcore(
-        backbone, [PATCHCORE_LAYER], coreset_sampling_ratio=PATCHCORE_RATIO, pre_processor=PreProcessor(transform)
-    )
-
-
-def measure_one(name: str, path: Path, seed: int, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
-    """One row: a model on a data set with a seed."""
-    torch.manual_seed(seed)
-    arguments = {
-        key: recipe["data"]["init_args"][key] for key in ("train_batch_size", "eval_batch_size", "num_workers")
-    }
-    data = datamodule(path, **arguments)
-    trainer = {"accelerator": "cpu", "limit_val_batches": 0, "enable_model_summary": False}
-    if name == "CSFlow":
-        model = get_model(recipe["model"])
-        trainer["max_epochs"] = recipe["trainer"]["max_epochs"]
-    else:
-        model = patchcore(recipe["model"]["init_args"])
-    seconds = measure.fit(model, data, root, **trainer)
-    return {"data": path.name, "model": name, "seed": seed, "fit, s": seconds} | measure.evaluate(model, data, root)
-
-
-def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Mean and standard deviation over the seeds."""
-    frame = pd.DataFrame(rows).groupby(["data", "model"], sort=False)
-
-    def cell(values: pd.Series) -> str:
-        digits = 0 if values.name == "fit, s" else 3
-        spread = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{spread}"
-
-    columns = [*measure.METRICS.values(), "fit, s"]
-    table = frame[columns].agg(cell)
-    table.insert(0, "seeds", frame.size())
-    return table.reset_index()
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("anomalib-csflow", "anomalib", "torch", "timm"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
-    where = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    return f"{where}; {packages}; commit {commit.stdout.strip() or 'none'}"
+def listing(cells: list[plan.Cell], seconds: dict[str, float], done: set[str]) -> Table:
+    """What a dry run shows."""
+    table = Table("data", "detector", "seed", "epochs", "about, s", "state")
+    for cell in cells:
+        state = "done" if cell.slug in done else "to do"
+        epochs = str(cell.detector.epochs or "-")
+        table.add_row(cell.data.name, cell.detector.name, str(cell.seed), epochs, f"{seconds[cell.slug]:.0f}", state)
+    return table
 
 
 def main() -> None:
-    """Parse the command line, measure, write the rows as they come, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m anomalib_csflow.benchmark", description=__doc__)
-    parser.add_argument("root", type=Path, help="folder of data sets")
-    parser.add_argument("--only", nargs="+", help="names of data sets; default all")
-    parser.add_argument("--models", nargs="+", default=["CSFlow", "Patchcore"], choices=["CSFlow", "Patchcore"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--config", type=Path, default=CONFIG, help=f"CS-Flow's recipe; default {CONFIG}")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/real_data"), help="where to write; default runs/real_data"
-    )
-    arguments = parser.parse_args()
-    recipe = yaml.safe_load(arguments.config.read_text())
-    paths = [path for path in data_sets(arguments.root) if not arguments.only or path.name in arguments.only]
+    """Parse the command line and run."""
     warnings.simplefilter("ignore")  # the libraries' own, which would bury the progress
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        for name in arguments.models:
-            for seed in arguments.seeds:
-                console.rule(f"{name} on {path.name}, seed {seed}")
-                rows.append(measure_one(name, path, seed, recipe, arguments.out))
-                console.print(rows[-1])
-                pd.DataFrame(rows).to_csv(arguments.out / "rows.csv", index=False)
-    table = summary(rows).to_markdown(index=False)
-    (arguments.out / "table.md").write_text(f"{table}\n\n{machine()}\n")
-    console.print(table, machine(), sep="\n\n", soft_wrap=True)
+    try:
+        auto_cli(run, as_positional=False, prog="python -m anomalib_csflow.benchmark")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

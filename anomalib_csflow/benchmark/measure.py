@@ -1,4 +1,4 @@
-"""Measure one model on one data set: accuracy, fit time, latency."""
+"""Measure one model on one data set: training, predictions as they are, latency."""
 
 import statistics
 import tempfile
@@ -7,36 +7,65 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule, Batch
+import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback
+from torch import Tensor
 
 from anomalib_csflow.detectors.caching import FeatureCache
 
-METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "AUPRO": "AUPRO"}
-"""Names in the evaluator to names in tables; all are shares of 1, of the last epoch."""
+from .accuracy import Predictions
 
 
-class ComparableScores(PostProcessor):
-    """Scores and maps to (0, 1) by the strictly rising ``(1 + x / (1 + |x|)) / 2``.
+def comparable(values: Tensor) -> Tensor:
+    """Scores or maps of a whole test set, to [0, 1] by one rising line, so that their ranking stays as it is.
 
-    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts
-    larger scores through a sigmoid that rounds to 1: both tie scores that differ, and so change the
-    ranking that is measured.
+    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts larger
+    scores through a sigmoid that rounds to 1: both tie scores that differ.
+
+    Raises:
+        ValueError: if a value is not finite.
     """
+    if not values.isfinite().all():
+        msg = "the scores are not finite (NaN or infinity): lower the learning rate or clip the gradients"
+        raise ValueError(msg)
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+class _Collector(Callback):
+    """Keeps what a test predicts."""
 
     def __init__(self) -> None:
-        super().__init__(enable_thresholding=False)
+        self.batches: list[dict[str, Any]] = []
 
-    def normalize_batch(self, batch: Batch[Any]) -> None:
-        """Squash in place."""
-        for field in ("pred_score", "anomaly_map"):
-            value = getattr(batch, field)
-            if value is not None:  # DifferNet has maps only where they are asked for
-                setattr(batch, field, (1 + value / (1 + value.abs())) / 2)
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:  # noqa: ARG002
+        fields = ("image_path", "pred_score", "gt_label", "anomaly_map", "gt_mask")
+        kept = {field: getattr(batch, field) for field in fields}
+        self.batches.append({k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in kept.items()})
+
+    def joined(self) -> Predictions:
+        """All batches as one."""
+
+        def cat(field: str) -> Tensor | None:
+            values = [batch[field] for batch in self.batches]
+            return None if any(value is None for value in values) else torch.cat(values)
+
+        scores, labels, maps, masks = (cat(field) for field in ("pred_score", "gt_label", "anomaly_map", "gt_mask"))
+        assert scores is not None and labels is not None  # noqa: S101, PT018 (every model scores, every test set has labels)
+        paths = [Path(path) for batch in self.batches for path in batch["image_path"]]
+        maps = maps.flatten(1, -3) if maps is not None and maps.ndim > 3 else maps
+        return Predictions(
+            paths,
+            comparable(scores.flatten().float()),
+            labels.flatten().bool(),
+            None if maps is None else comparable(maps.float()),
+            None if masks is None else masks.bool(),
+        )
 
 
 def fit(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> float:
@@ -48,23 +77,18 @@ def fit(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **tra
         return time.perf_counter() - start
 
 
-def evaluate(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path) -> dict[str, float]:
-    """Image AUROC, pixel AUROC and AUPRO on the test set, of scores as the model gives them."""
+def predict(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> Predictions:
+    """What the model says of the test set, in the ranking that it gives itself."""
     components = model.post_processor, model.evaluator, model.visualizer
-    model.post_processor = ComparableScores()
-    model.visualizer = None
-    model.evaluator = Evaluator(
-        test_metrics=[
-            AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-            AUPRO(fields=["anomaly_map", "gt_mask"], strict=False),
-        ]
-    )
+    model.post_processor, model.evaluator, model.visualizer = None, Evaluator(), None
+    collector = _Collector()
     try:
-        (metrics,) = Engine(default_root_dir=root).test(model, datamodule=datamodule, verbose=False)
+        Engine(default_root_dir=root, callbacks=[collector], **trainer).test(
+            model, datamodule=datamodule, verbose=False
+        )
     finally:
         model.post_processor, model.evaluator, model.visualizer = components
-    return {title: metrics.get(name, float("nan")) for name, title in METRICS.items()}
+    return collector.joined()
 
 
 def openvino_latency(model: AnomalibModule, images: Sequence[Path], root: Path) -> tuple[float, OpenVINOInferencer]:

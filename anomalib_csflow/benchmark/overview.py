@@ -35,6 +35,7 @@ METRICS = tuple(
 )
 COSTS = (
     Column("fit_s", "fit, s", "Cost"),
+    Column("fit_cpu_s", "fit, CPU s", "Cost"),
     Column("fit_peak_mb", "fit peak, MB", "Cost"),
     Column("fit_device_mb", "fit on device, MB", "Cost"),
     Column("inference_peak_mb", "inference peak, MB", "Cost"),

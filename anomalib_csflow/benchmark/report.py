@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 
 from anomalib_csflow.benchmark import comparisons, drawing, overview, pictures, sections
+from anomalib_csflow.benchmark.results import FORMAT
 
-FORMAT = 1
 Row = dict[str, Any]
 
 
@@ -40,13 +40,9 @@ def read(out: Path) -> dict[str, Any]:
     return results
 
 
-def cell_folders(out: Path) -> dict[tuple[str, str, int], Path]:
-    """Folders of finished cells, by detector, data and seed."""
-    found = {}
-    for path in sorted(out.glob("cells/*/result.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        found[row["detector"], row["data"], row["seed"]] = path.parent
-    return found
+def cell_folders(out: Path, rows: list[Row]) -> dict[tuple[str, str, int], Path]:
+    """Folders of the cells, by detector, data and seed."""
+    return {(row["detector"], row["data"], row["seed"]): out / "cells" / row["cell"] for row in rows}
 
 
 def curves(rows: list[Row], folders: dict[tuple[str, str, int], Path]) -> dict[tuple[str, str, str], list[Any]]:
@@ -74,7 +70,7 @@ def write(out: Path) -> Path:
     """
     results = read(out)
     rows: list[Row] = results["rows"]
-    folders = cell_folders(out)
+    folders = cell_folders(out, rows)
     detectors = overview.names(rows, "detector")
     data_sets = overview.names(rows, "data")
     styles = {name: drawing.Style(number) for number, name in enumerate(detectors)}

@@ -1,0 +1,138 @@
+"""How good scores and maps are, by anomalib's metrics, and the curves behind them."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from anomalib.metrics import AUPIMO, AUPRO, AUROC
+from matplotlib import pyplot as plt
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    binary_f1_score,
+    binary_precision_recall_curve,
+    binary_roc,
+)
+
+IMAGE_METRICS = ("image_AUROC", "image_AP", "image_F1")
+PIXEL_METRICS = ("pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO")
+THRESHOLD = "of each half of the test images the F1 threshold was chosen on the other half"
+CURVE_POINTS = 200
+PIXELS_FOR_F1 = 20_000_000
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a test set.
+
+    Args:
+        paths: the images.
+        scores: (N,), larger for worse.
+        labels: (N,), true for defective.
+        maps: (N, H, W), or None where the model has none.
+        masks: (N, H, W), true for defective, or None where the data set has none.
+    """
+
+    paths: list[Path]
+    scores: Tensor
+    labels: Tensor
+    maps: Tensor | None
+    masks: Tensor | None
+
+    def __getitem__(self, index: Tensor) -> "Predictions":
+        """A part of the images."""
+        maps, masks = (None if value is None else value[index] for value in (self.maps, self.masks))
+        paths = [self.paths[i] for i in index.tolist()]
+        return Predictions(paths, self.scores[index], self.labels[index], maps, masks)
+
+    def halves(self) -> tuple["Predictions", "Predictions"]:
+        """Two parts with every second good and every second defective image, in the order of their paths."""
+        order = torch.tensor(sorted(range(len(self.paths)), key=lambda i: (bool(self.labels[i]), str(self.paths[i]))))
+        return self[order[0::2]], self[order[1::2]]
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether there are maps and masks to compare."""
+        return self.maps is not None and self.masks is not None and bool(self.masks.any())
+
+    def batch(self) -> ImageBatch:
+        """All images as one batch of anomalib's, whose metrics read it; the images themselves are left out."""
+        image = torch.zeros(len(self.paths), 3, 1, 1)
+        return ImageBatch(
+            image=image, gt_label=self.labels, gt_mask=self.masks, pred_score=self.scores, anomaly_map=self.maps
+        )
+
+
+def evaluate(predictions: Predictions) -> dict[str, float]:
+    """All metrics, shares of 1; NaN for pixels where there are no maps or no masks."""
+    batch = predictions.batch()
+    values = dict.fromkeys((*IMAGE_METRICS, *PIXEL_METRICS), float("nan"))
+    values["image_AUROC"] = _value(AUROC(fields=["pred_score", "gt_label"]), batch)
+    values["image_AP"] = float(binary_average_precision(predictions.scores, predictions.labels.int()))
+    halves = predictions.halves()
+    values["image_F1"] = _f1([(half.scores, half.labels) for half in halves])
+    if predictions.has_pixels:
+        pixels = [_pixels(half) for half in halves]
+        values["pixel_AUROC"] = _value(AUROC(fields=["anomaly_map", "gt_mask"]), batch)
+        values["AUPRO"] = _value(AUPRO(fields=["anomaly_map", "gt_mask"]), batch)
+        values["pixel_F1"] = _f1(pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where a small test set makes it coarse
+            values["AUPIMO"] = _aupimo(batch)
+    return values
+
+
+def _value(metric: Any, batch: ImageBatch) -> float:
+    """One metric of one batch."""
+    metric.update(batch)
+    return float(metric.compute())
+
+
+def _aupimo(batch: ImageBatch) -> float:
+    """AUPIMO, or NaN where too few pixels of good images are there for its false positive rates."""
+    try:
+        return _value(AUPIMO(fields=["anomaly_map", "gt_mask"]), batch)
+    except (RuntimeError, ValueError):
+        return float("nan")
+
+
+def _pixels(half: Predictions) -> tuple[Tensor, Tensor]:
+    """Maps and masks as vectors, evenly thinned out where there are more than sorting is worth."""
+    assert half.maps is not None and half.masks is not None  # noqa: S101, PT018 (has_pixels was asked)
+    step = max(1, half.maps.numel() // PIXELS_FOR_F1)
+    return half.maps.flatten()[::step], half.masks.flatten()[::step]
+
+
+def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
+    """F1 of all, each half judged by the threshold that is best on the other."""
+    labels = []
+    for (scores, _), (other_scores, other_truth) in zip(halves, halves[::-1], strict=True):
+        precision, recall, thresholds = binary_precision_recall_curve(other_scores, other_truth.int())
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        labels.append(scores >= thresholds[f1[:-1].argmax()])
+    return float(binary_f1_score(torch.cat(labels).int(), torch.cat([truth for _, truth in halves]).int()))
+
+
+def curves(predictions: Predictions) -> dict[str, Tensor]:
+    """ROC of the images and PRO of the pixels, each (2, K): false positive rate, and true positive rate or overlap."""
+    fpr, tpr, _ = binary_roc(predictions.scores, predictions.labels.int())
+    found = {"roc": torch.stack([fpr, tpr])}
+    if predictions.has_pixels:
+        metric = AUPRO(fields=["anomaly_map", "gt_mask"])
+        metric.update(predictions.batch())
+        figure, _ = metric.generate_figure()
+        drawn = [torch.as_tensor(np.asarray(line.get_xydata()), dtype=torch.float32) for line in figure.axes[0].lines]
+        found["pro"] = max(drawn, key=len).T
+        plt.close(figure)
+    return {name: _thinned(curve) for name, curve in found.items()}
+
+
+def _thinned(curve: Tensor) -> Tensor:
+    """At most so many of a curve's points, ends included."""
+    if curve.shape[1] <= CURVE_POINTS:
+        return curve
+    return curve[:, torch.linspace(0, curve.shape[1] - 1, CURVE_POINTS).round().long()]

@@ -1,0 +1,112 @@
+"""The benchmark's configuration: entries of detectors and data sets, checked before any work."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import anomalib.data
+import anomalib.models
+import yaml
+
+from .plan import DataSet, Detector, accepts, import_named
+
+
+def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
+    """The entry of the configuration, if it has the known keys only."""
+    known = list(inspect.signature(kind).parameters)
+    unknown = [key for key in values if key not in known]
+    if unknown or "class_path" not in values:
+        problem = f"has no key {unknown[0]!r}" if unknown else "needs a class_path"
+        msg = f"benchmark: {what} {dict(values)} {problem}; keys are {', '.join(known)}"
+        raise ValueError(msg)
+    return dict(values)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """The entry that a recipe in anomalib's form stands for."""
+    if not path.is_file():
+        msg = f"benchmark: no recipe {path.absolute()}"
+        raise FileNotFoundError(msg)
+    recipe = yaml.safe_load(path.read_text())
+    batches = recipe.get("data", {}).get("init_args", {})
+    sizes = {key: batches[key] for key in ("train_batch_size", "eval_batch_size", "num_workers") if key in batches}
+    return {**recipe["model"], "epochs": recipe.get("trainer", {}).get("max_epochs"), **sizes}
+
+
+def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
+    """A detector of the configuration: a class path with arguments, or ``config``, a recipe with what to change.
+
+    Args:
+        entry: what the configuration says.
+        base: the folder that relative paths of recipes begin at.
+
+    Raises:
+        ValueError: for an unknown class, key or argument.
+        FileNotFoundError: if there is no such recipe.
+    """
+    values: dict[str, Any] = {"class_path": entry} if isinstance(entry, str) else dict(entry)
+    if "config" in values:
+        path = Path(values.pop("config"))
+        recipe = _recipe(path if path.is_absolute() or path.is_file() else base / path)
+        values = recipe | values | {"init_args": recipe.get("init_args", {}) | values.get("init_args", {})}
+    detector = Detector(**_checked(values, Detector, "a detector"))
+    model = import_named(detector.class_path, anomalib.models, "detector")
+    unknown = [key for key in detector.init_args if not accepts(model, key)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model).parameters.values())
+    if unknown and not takes_any:
+        known = ", ".join(inspect.signature(model).parameters)
+        msg = f"{detector.class_path} has no argument {unknown[0]!r}; it has {known}"
+        raise ValueError(msg)
+    return Detector(**asdict(detector) | {"name": detector.name or detector.class_path.rpartition(".")[2]})
+
+
+def folders(root: Path) -> list[DataSet]:
+    """The data sets in MVTec AD's layout at a folder or in its subfolders, nothing of whose test set is for training.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if (root / "train" / "good").is_dir():
+        found = [root]
+    else:
+        found = sorted(path.parent.parent for path in root.glob("*/train/good"))
+    if not found:
+        msg = f"no data set in MVTec AD's layout (NAME/train/good, NAME/test/DEFECT) under {root.absolute()}"
+        raise FileNotFoundError(msg)
+    return [_folder(path) for path in found]
+
+
+def _folder(path: Path) -> DataSet:
+    """The datamodule of one folder in MVTec AD's layout."""
+    test = path / "test"
+    kinds = sorted(folder.name for folder in test.iterdir() if folder.is_dir()) if test.is_dir() else []
+    defects = [kind for kind in kinds if kind != "good"]
+    if "good" not in kinds or not defects:
+        msg = f"{test.absolute()} needs a folder good and one for each kind of defect, or there is nothing to measure"
+        raise FileNotFoundError(msg)
+    masks = [f"ground_truth/{kind}" for kind in defects]
+    arguments: dict[str, Any] = {
+        "name": path.name,
+        "root": str(path.absolute()),
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": [f"test/{kind}" for kind in defects],
+        "val_split_mode": "none",
+    }
+    if all((path / mask).is_dir() for mask in masks):
+        arguments["mask_dir"] = masks
+    return DataSet("anomalib.data.Folder", arguments, path.name)
+
+
+def read_data(entry: Mapping[str, Any] | str) -> list[DataSet]:
+    """Data sets of the configuration: a folder, or a datamodule's class path with arguments."""
+    if isinstance(entry, str):
+        return folders(Path(entry))
+    data = DataSet(**_checked(entry, DataSet, "a data set"))
+    import_named(data.class_path, anomalib.data, "datamodule")
+    name = data.name or str(
+        data.init_args.get("category") or data.init_args.get("name") or data.class_path.rpartition(".")[2]
+    )
+    return [DataSet(data.class_path, data.init_args, name)]

@@ -1,0 +1,81 @@
+"""Latency and memory of one process; run as a file, of an exported model in OpenVINO alone.
+
+``python timing.py MODEL.xml BATCHES.npz THREADS`` prints one JSON object. It imports neither torch nor anomalib, so
+that its memory is that of a line which runs the exported model.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MAX_REPEATS, MAX_SECONDS = 100, 10.0  # whichever comes first; five at least
+
+
+def latency(run: Callable[[], Any], images: int, synchronize: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    """Time a call, after two that warm up.
+
+    Args:
+        run: predicts a batch.
+        images: how many images the batch has.
+        synchronize: waits until the device is done.
+
+    Returns:
+        Median and 95th percentile in ms per batch, and images per second.
+    """
+    seconds: list[float] = []
+    for repeat in range(-2, MAX_REPEATS):
+        start = time.perf_counter()
+        run()
+        synchronize()
+        if repeat >= 0:
+            seconds.append(time.perf_counter() - start)
+        if len(seconds) >= 5 and sum(seconds) > MAX_SECONDS:
+            break
+    p95 = statistics.quantiles(seconds, n=20, method="inclusive")[-1]
+    per_second = images * len(seconds) / sum(seconds)
+    return {"p50_ms": 1e3 * statistics.median(seconds), "p95_ms": 1e3 * p95, "per_s": per_second}
+
+
+def peak_mb() -> float:
+    """Most resident memory that this process has had, MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # there, rusage counts the process that has started this one too
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its ended children, s: less than the clock's where others run too."""
+    return sum(os.times()[:4])
+
+
+def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
+    """Compile an exported model and time the batches of a file, named ``b1``, ``b8`` ...; memory is after the first."""
+    import numpy as np  # noqa: PLC0415 (only here, so that others can import this file without OpenVINO)
+    import openvino as ov  # noqa: PLC0415
+
+    start = time.perf_counter()
+    compiled = ov.Core().compile_model(xml, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    found = {"compile_s": time.perf_counter() - start}
+    with np.load(batches) as arrays:
+        for name in sorted(arrays.files):
+            batch = arrays[name]
+            if not compiled.input(0).partial_shape.compatible(ov.PartialShape(batch.shape)):
+                continue  # exported for another batch
+            timed = latency(lambda batch=batch: compiled([batch]), len(batch))
+            found |= {f"openvino_{name}_{key}": value for key, value in timed.items()}
+            found.setdefault("inference_peak_mb", peak_mb())
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(time_openvino(sys.argv[1], sys.argv[2], int(sys.argv[3]))))  # noqa: T201
