@@ -1,6 +1,7 @@
 # make demo    makes the environment, then shows CS-Flow on real textures
 # make check   makes the environment, then passes format, lint, types, documentation, doctests and tests
 # make docs    builds the documentation in docs/_build/html
+# make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
 # make floors  passes the tests with the oldest dependencies that pyproject.toml allows
 # PIP_ARGS goes to pip, for example a mirror or PyTorch's index of CPU builds (see README)
 
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 
 DOCS = $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --nitpicky --fresh-env --write-all docs docs/_build/html
 
-.PHONY: demo check docs format real-data floors
+.PHONY: demo check docs format benchmark floors
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,9 +34,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# DATA is a folder with data sets in MVTec AD's layout
-real-data: $(VENV)/.installed
-	$(BIN)/python -m anomalib_csflow.benchmark $(DATA)
+benchmark: $(VENV)/.installed
+	$(BIN)/python -m anomalib_csflow.benchmark --config configs/benchmark.yaml $(if $(DATA),--data $(DATA))
 
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
