@@ -131,7 +131,7 @@ def cells(
     shared: dict[str, Any],
     accelerator: str,
 ) -> list[Cell]:
-    """All cells, data set by data set; those of the first seed keep heat maps of the sample images.
+    """All cells, seed by seed; those of the first seed keep heat maps of the sample images.
 
     Raises:
         ValueError: for two detectors or data sets of one name, or a shared setting that is none.
@@ -147,7 +147,7 @@ def cells(
         raise ValueError(msg)
     return [
         Cell(detector, data_set, seed, shared, accelerator, samples=seed == seeds[0])
+        for seed in seeds  # the first for all, so that a run that is cut short has measured everything once
         for data_set in data
-        for seed in seeds
         for detector in detectors
     ]
