@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from anomalib_csflow import demo
+from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import accuracy, build, cell, config, measure, pipeline, plan, results, samples, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
@@ -201,14 +202,12 @@ def test_bad_data_is_said_before_the_work(entry: object, message: str) -> None:
 
 
 def test_missing_images_are_said_before_the_work(tmp_path: Path) -> None:
-    from anomalib_csflow.benchmark.__main__ import estimate
-
     entry = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "bottle"}}
     (data,) = config.read_data(entry)
     assert data.name == "bottle"
     cells = plan.cells([config.read_detector(REAL_NVP, Path())], [data], [0], SHARED, "cpu")
     with pytest.raises(FileNotFoundError, match=r"data set bottle: .*prepare it first"):
-        estimate(cells, [])
+        command_line.estimate(cells, [])
     (tmp_path / "train" / "good").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="needs a folder good"):
         config.read_data(str(tmp_path))
@@ -292,6 +291,12 @@ def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match="of format None and this version writes 1"):
         results.read(path)
+
+
+def test_a_missing_extra_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "tabulate" else name)
+    with pytest.raises(ModuleNotFoundError, match=r"needs tabulate: pip install 'anomalib-csflow\[benchmark\]'"):
+        command_line.run([], "x", out=tmp_path)
 
 
 def test_reasons_are_one_sentence(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ it stopped, and tries cells that failed once more.
 
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,23 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from . import config, plan, report, results
+from . import config, plan, results
 from .pipeline import CellGenerator, CellRunner
 
 SECONDS_PER_IMAGE = 0.05  # of an epoch, for a detector that has not been measured here yet: one thread of a Xeon
 SECONDS_PER_CELL = 90.0  # for starting, testing, exporting and timing
+
+
+def check_extra() -> None:
+    """Ask now for what the tables and the page at the end need.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed.
+    """
+    missing = [name for name in ("jinja2", "tabulate") if find_spec(name) is None]
+    if missing:
+        msg = f"the benchmark needs {' and '.join(missing)}: pip install 'anomalib-csflow[benchmark]'"
+        raise ModuleNotFoundError(msg)
 
 
 def count_images(cell: plan.Cell) -> int:
@@ -73,6 +86,7 @@ def run(
         jobs: cells at once, each on a device of its own, or with its share of the processors.
         dry_run: list the cells with an estimate of their time and stop.
     """
+    check_extra()
     console = Console()
     entries = data if isinstance(data, list) else [data]
     sets = [data_set for entry in entries for data_set in config.read_data(entry)]
@@ -97,6 +111,8 @@ def run(
         results.save(fresh, out)
     console.print(*results.terminal(fresh), sep="\n")
     console.print(*results.remarks(fresh), sep="\n", markup=False, highlight=False, soft_wrap=True)
+    from . import report  # noqa: PLC0415 (what it needs was asked for above)
+
     page = report.write(out)
     console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)
 
@@ -116,7 +132,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' own, which would bury the progress
     try:
         auto_cli(run, as_positional=False, prog="python -m anomalib_csflow.benchmark")
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
 
