@@ -119,6 +119,38 @@ def surprise(densities: Tensor) -> Tensor:
     return -mean.clamp(torch.finfo(mean.dtype).tiny, torch.finfo(mean.dtype).max).log()
 
 
+def check_top_share(share: float) -> None:
+    """Check a share of a map's cells.
+
+    Raises:
+        ValueError: if it is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        msg = f"top_share is a share of the map's cells, from 0 (the highest alone) to 1 (all), got {share}"
+        raise ValueError(msg)
+
+
+def least_likely(surprises: Tensor, share: float) -> Tensor:
+    """Minus the logarithm of the mean density of the least likely cells of each map.
+
+    Args:
+        surprises: ``(N, 1, H, W)``, minus logarithms of densities.
+        share: of the cells, in [0, 1]; 0 is the least likely cell alone, whose surprise is the map's maximum.
+
+    Returns:
+        ``(N,)``.
+
+    Example:
+        >>> least_likely(torch.tensor([[[[1000.0, 3.0], [2.0, 2.0]]]]), 0.0)
+        tensor([1000.])
+    """
+    if share == 0:
+        return surprises.amax((1, 2, 3))
+    cells = surprises.flatten(1)
+    top = cells.topk(max(int(cells.shape[1] * share), 1), dim=1).values
+    return -log_mean_exp(-top, dim=1)
+
+
 def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Bring the maps of all levels to one size bilinearly, ready to be fused.
 

@@ -70,6 +70,7 @@ def test_parameters_and_defaults_are_the_papers() -> None:
     assert 8 * trainable == pytest.approx(81.65e6, rel=1e-3)
     defaults = (hparams.lr, hparams.schedule, hparams.fibers_per_step, hparams.clamp, hparams.permute_soft)
     assert defaults == (2e-4, "warmup_cosine", 256, 1.9, True)
+    assert (detector.model.score_by, detector.model.top_share) == ("density", 0)
 
 
 class Watched(CFlow):
@@ -168,6 +169,20 @@ def test_scores_are_relative_to_the_training(fit: Fit, datamodule: Folder, tmp_p
     assert torch.equal(loaded.model.highest, before)
 
 
+def test_energy_leaves_the_log_det_out(fit: Fit) -> None:
+    detector = fit({}, score_by="energy", top_share=0.1).eval()
+    assert not detector.model.is_measured
+    images = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        prediction = detector.model(images)
+        latents, log_det = detector.model.latents(images)
+        likeness = scoring.upsampled([scoring.likeness(level) for level in latents], (64, 64), align_corners=True)
+    assert log_det.abs().min() > 1  # there is something to leave out
+    torch.testing.assert_close(prediction.anomaly_map, -likeness.mean(0).log())
+    least = likeness.mean(0).flatten(1).sort(1).values[:, : int(0.1 * 64 * 64)]
+    torch.testing.assert_close(prediction.pred_score, -least.mean(1).log())
+
+
 def test_far_cells_are_still_ordered() -> None:
     """A float32 sum of densities would be 0 for both."""
     detector = CFlow(**CFLOW, image_size=64)
@@ -189,6 +204,8 @@ def test_far_cells_are_still_ordered() -> None:
         ({"fibers_per_step": 0}, "fibers_per_step must be 1 or more"),
         ({"num_blocks": 0}, "at least two channels and one block"),
         ({"schedule": "cosine"}, "unknown schedule"),
+        ({"score_by": "latents"}, "unknown score_by 'latents': choose one of density, energy"),
+        ({"top_share": 2}, "top_share is a share of the map's cells"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

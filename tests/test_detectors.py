@@ -49,7 +49,9 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
         CFLOW | {"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.2"], "weights": "random"},
     ),
     "CFlow, standardized and permuted": (CFlow, CFLOW | {"standardize": True, "permute_soft": False}),
+    "CFlow, by energy": (CFlow, CFLOW | {"score_by": "energy", "top_share": 0.03}),
     "FastFlow": (FastFlow, FAST_FLOW),
+    "FastFlow, of the least likely cells": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
     "FastFlow, transformer": (
         FastFlow,
         FAST_FLOW

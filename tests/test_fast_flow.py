@@ -10,7 +10,7 @@ from anomalib.models import Fastflow
 from conftest import FAST_FLOW, randomize
 
 from anomalib_csflow import FastFlow, scoring
-from anomalib_csflow.detectors.fast_flow import FastFlowModel, convolutions
+from anomalib_csflow.detectors.fast_flow import convolutions
 from anomalib_csflow.flows import ParallelFlow
 
 
@@ -30,7 +30,7 @@ def test_published_code(golden: dict) -> None:
     torch.testing.assert_close(log_det, sum(golden["log_det"]), atol=1e-5, rtol=1e-5)
     loss = (scoring.energy(latents) - log_det).mean()
     torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-5)
-    prediction = FastFlowModel.score(None, latents, config["image_size"])
+    prediction = FastFlow(**FAST_FLOW).model.score(latents, config["image_size"])
     # ours is minus the logarithm of what theirs is minus of
     torch.testing.assert_close(-(-prediction.anomaly_map).exp(), golden["anomaly_map"], atol=1e-5, rtol=1e-5)
     published_score = golden["anomaly_map"].amax((1, 2, 3))
@@ -60,6 +60,7 @@ def test_paper_defaults_of_the_constructor() -> None:
     assert detector.model.features.channels == [256, 512, 1024]
     assert detector.model.features.strides == [4, 8, 16]
     blocks = detector.model.flow[-1].levels[0]
+    assert detector.model.top_share == 0  # the score is the map's maximum
     assert [block.subnet[0].kernel_size[0] for block in blocks] == [3, 1] * 4
     (group,) = detector.configure_optimizers()["optimizer"].param_groups
     assert (group["lr"], group["weight_decay"], group["eps"]) == (1e-3, 1e-5, 1e-8)
@@ -95,10 +96,10 @@ def test_no_layer_is_bound_to_a_size() -> None:
 
 def test_map_fuses_levels_and_does_not_saturate() -> None:
     latents = (torch.zeros(2, 4, 4, 4), torch.full((2, 4, 2, 2), 100.0))
-    prediction = FastFlowModel.score(None, latents, (8, 8))
+    prediction = FastFlow(**FAST_FLOW).model.score(latents, (8, 8))
     torch.testing.assert_close(prediction.anomaly_map, torch.full((2, 1, 8, 8), math.log(2)))
     far = torch.stack([torch.full((4, 4, 4), 8.0), torch.full((4, 4, 4), 9.0)])
-    torch.testing.assert_close(FastFlowModel.score(None, (far,), (8, 8)).pred_score, torch.tensor([32.0, 40.5]))
+    torch.testing.assert_close(FastFlow(**FAST_FLOW).model.score((far,), (8, 8)).pred_score, torch.tensor([32.0, 40.5]))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,7 @@ def test_map_fuses_levels_and_does_not_saturate() -> None:
         ({"backbone": "cait_xxs24_224", "layers": ["blocks.2"], "weights": "random"}, "set image_size=224"),
         ({"backbone": "vit_tiny_patch16_224", "layers": ["norm"], "weights": "random"}, "name a block"),
         ({"schedule": "cosine"}, "unknown schedule"),
+        ({"top_share": -0.1}, "from 0 .the highest alone. to 1 .all., got -0.1"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

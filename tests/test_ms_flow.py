@@ -7,7 +7,6 @@ import torch
 from conftest import MS_FLOW, randomize
 
 from anomalib_csflow import MSFlow, scoring
-from anomalib_csflow.detectors.ms_flow import MSFlowModel
 from anomalib_csflow.flows import CrossScaleCoupling, FusionConditioner, ParallelFlow, normalized_convolutions
 
 
@@ -62,7 +61,7 @@ def test_score_and_map() -> None:
     fine = torch.zeros(2, 4, 10, 10)
     fine[0, :, 0, :3] = 2.0
     coarse = torch.ones(2, 4, 10, 10)
-    prediction = MSFlowModel.score(None, (fine, coarse), (10, 10))
+    prediction = MSFlow(**MS_FLOW).model.score((fine, coarse), (10, 10))
     good, bad = torch.tensor([0.0, 0.5]), torch.tensor([2.0, 0.5])  # half the mean squares of both levels
     torch.testing.assert_close(prediction.pred_score, torch.stack([bad.sum(), good.sum()]))
     torch.testing.assert_close(prediction.anomaly_map[0, 0, 0, 0], -(-bad).exp().mean().log())
@@ -75,10 +74,10 @@ def test_score_orders_as_the_published_formula() -> None:
         [0.5 * level.square().mean(1, keepdim=True) for level in latents], (40, 40), align_corners=True
     )
     published = (1 - (-energies.sum(0)).exp()).flatten(1).topk(48, dim=1).values.mean(1)
-    prediction = MSFlowModel.score(None, latents, (40, 40))
+    prediction = MSFlow(**MS_FLOW).model.score(latents, (40, 40))
     torch.testing.assert_close(1 - (-prediction.pred_score).exp(), published)
     torch.testing.assert_close((-prediction.anomaly_map).exp(), (-energies).exp().mean(0))
-    far = MSFlowModel.score(None, tuple(100 * level for level in latents), (40, 40))  # where 1 - exp is 1
+    far = MSFlow(**MS_FLOW).model.score(tuple(100 * level for level in latents), (40, 40))  # where 1 - exp is 1
     assert torch.isfinite(far.anomaly_map).all()
     assert far.pred_score.unique().numel() == 8
 
@@ -93,6 +92,7 @@ def test_score_orders_as_the_published_formula() -> None:
         ({"condition_channels": 6}, "a multiple of 4 channels"),
         ({"image_size": 31}, "31x31 pixels is too small for layer 'blocks.4', halved to stride 32"),
         ({"schedule": "cosine"}, "unknown schedule"),
+        ({"top_share": 1.1}, "top_share is a share of the map's cells"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -40,6 +40,22 @@ def test_maps_that_fuse_scales(mode: str) -> None:
     torch.testing.assert_close(scoring.anomaly_map(constant, (8, 8), mode), torch.full((1, 1, 8, 8), float(expected)))
 
 
+@pytest.mark.parametrize(("share", "cells"), [(0.0, 1), (0.01, 1), (0.25, 6), (1.0, 24)])
+def test_score_of_the_least_likely_cells(share: float, cells: int) -> None:
+    densities = torch.rand(2, 1, 4, 6)
+    mean = densities.flatten(1).sort(1).values[:, :cells].mean(1)
+    torch.testing.assert_close(scoring.least_likely(-densities.log(), share), -mean.log())
+    far = 1e4 + torch.rand(2, 1, 4, 6)  # densities that are 0 in float64 too
+    found = scoring.least_likely(far, share)
+    assert ((found >= far.amin((1, 2, 3))) & (found <= far.amax((1, 2, 3)))).all()
+
+
+@pytest.mark.parametrize("share", [-0.01, 1.01, float("nan")])
+def test_share_of_cells(share: float) -> None:
+    with pytest.raises(ValueError, match="a share of the map's cells, from 0"):
+        scoring.check_top_share(share)
+
+
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match="unknown map mode 'max': choose one of finest, mean, product"):
         scoring.anomaly_map(LATENTS, (4, 4), "max")

@@ -34,7 +34,7 @@ from anomalib_csflow.flows.pyramid import Pyramid
 from anomalib_csflow.weights import create_backbone
 
 from .base import FlowDetector
-from .cflow_model import CFlowModel
+from .cflow_model import SCORES_BY, CFlowModel, ScoreBy
 from .optimization import Schedule, check_schedule
 
 
@@ -59,6 +59,10 @@ class CFlow(FlowDetector):
         permute_soft: rotate features by random matrices between blocks (the paper's), or permute them.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features. Not in the paper.
+        score_by: ``density`` judges cells by their log-density, the log-det included (the paper's); ``energy``
+            by their latents alone, as FastFlow and MSFlow do: a density also falls where good cells vary much.
+        top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
+            map's maximum, which is the paper's.
         fibers_per_step: cells per optimizer step.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
@@ -95,6 +99,8 @@ class CFlow(FlowDetector):
         clamp: float = 1.9,
         permute_soft: bool = True,
         standardize: bool = False,
+        score_by: ScoreBy = "density",
+        top_share: float = 0.0,
         fibers_per_step: int = 256,
         lr: float = 2e-4,
         gradient_clip_norm: float | None = None,
@@ -108,13 +114,19 @@ class CFlow(FlowDetector):
         if fibers_per_step < 1:
             msg = f"fibers_per_step must be 1 or more, got {fibers_per_step}"
             raise ValueError(msg)
+        if score_by not in SCORES_BY:
+            msg = f"unknown score_by {score_by!r}: choose one of {', '.join(SCORES_BY)}"
+            raise ValueError(msg)
         check_schedule(schedule)
+        scoring.check_top_share(top_share)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = weights == "random"
         features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), layers))
         if self.input_size is not None:
             features.check_size(*self.input_size)
-        self.model = CFlowModel(features, num_blocks, condition_channels, clamp, permute_soft, standardize)
+        self.model = CFlowModel(
+            features, num_blocks, condition_channels, clamp, permute_soft, standardize, score_by, top_share
+        )
         self._pending: list[tuple[int, Tensor, Tensor]] = []
         self._highest = torch.full((len(features.channels),), -torch.inf)
 
@@ -179,6 +191,8 @@ class CFlow(FlowDetector):
 
     @torch.no_grad()
     def _set_highest(self) -> None:
+        if self.model.score_by == "energy":  # whose highest likeness is known
+            return
         if self.trainer.state.fn != "fit" or not torch.isfinite(self._highest).all():
             return
         highest = self.trainer.strategy.reduce(self._highest.to(self.device), reduce_op="max")

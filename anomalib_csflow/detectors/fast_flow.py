@@ -59,6 +59,7 @@ class FastFlowModel(FlowModel):
         hidden_ratio: hidden channels of a step's convolutions, as a share of their input's.
         clamp: bound of the log-scales.
         standardize: begin with a layer that standardizes each channel.
+        top_share: share of the map's cells, those least likely, of which the image score is taken.
     """
 
     def __init__(
@@ -69,16 +70,18 @@ class FastFlowModel(FlowModel):
         hidden_ratio: float,
         clamp: float,
         standardize: bool,
+        top_share: float,
     ) -> None:
         dims = [(channels, 1, 1) for channels in features.channels]  # only the channels count
         subnets = [convolutions(kernel_size, hidden_ratio) for kernel_size in islice(cycle(kernel_sizes), num_steps)]
         flow = ParallelFlow(dims, subnets=[subnets] * len(dims), clamp=clamp)
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow] if standardize else [flow]))
+        self.top_share = top_share
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Minus the logarithm of the mean over layers of ``exp(-1/2 mean_c z^2)``; its maximum."""
+        """Minus the logarithm of the mean over layers of ``exp(-1/2 mean_c z^2)``; its least likely cells."""
         anomaly_map = scoring.surprise(scoring.upsampled([scoring.likeness(level) for level in latents], size))
-        return InferenceBatch(pred_score=anomaly_map.amax((1, 2, 3)), anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=scoring.least_likely(anomaly_map, self.top_share), anomaly_map=anomaly_map)
 
 
 class FastFlow(FlowDetector):
@@ -100,6 +103,8 @@ class FastFlow(FlowDetector):
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features. A transformer's final norm
             makes it needless there.
+        top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
+            map's maximum, which is the paper's.
         lr: Adam's learning rate.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
@@ -136,6 +141,7 @@ class FastFlow(FlowDetector):
         hidden_ratio: float = 1.0,
         clamp: float = 2.0,
         standardize: bool = True,
+        top_share: float = 0.0,
         lr: float = 1e-3,
         weight_decay: float = 1e-5,
         gradient_clip_norm: float | None = None,
@@ -153,12 +159,13 @@ class FastFlow(FlowDetector):
             )
             raise ValueError(msg)
         check_schedule(schedule)
+        scoring.check_top_share(top_share)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = weights == "random"
         features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), layers, final_norm=True))
         if self.input_size is not None:
             features.check_size(*self.input_size)
-        self.model = FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize)
+        self.model = FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize, top_share)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load flows that were trained with gathierry/FastFlow or with anomalib's ``Fastflow`` on a transformer.

@@ -42,9 +42,6 @@ from .base import FlowDetector
 from .flow_model import FlowModel
 from .optimization import Schedule, check_schedule
 
-TOP_SHARE = 0.03
-"""Share of the cells, those least likely, that the image score is taken of."""
-
 
 class HalvedLayers(LayerPyramid):
     """Several layers of one backbone, each averaged over 3x3 cells at every second cell.
@@ -85,6 +82,7 @@ class MSFlowModel(FlowModel):
         condition_channels: of the positional encoding.
         clamp: bound of all log-scales.
         standardize: begin with a layer that standardizes each channel.
+        top_share: share of the cells, those least likely, of which the image score is taken.
     """
 
     def __init__(
@@ -94,6 +92,7 @@ class MSFlowModel(FlowModel):
         condition_channels: int,
         clamp: float,
         standardize: bool,
+        top_share: float,
     ) -> None:
         side = 2 ** len(features.channels)  # only the channels count
         dims = [(channels, side >> level, side >> level) for level, channels in enumerate(features.channels)]
@@ -108,6 +107,7 @@ class MSFlowModel(FlowModel):
             CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=clamp),
         ]
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), *layers] if standardize else layers))
+        self.top_share = top_share
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Of relative likelihoods ``exp(-1/2 mean_c z^2)``: minus the logarithms of means.
@@ -116,10 +116,9 @@ class MSFlowModel(FlowModel):
         """
         energies = [0.5 * level.square().mean(1, keepdim=True) for level in latents]
         maps = scoring.upsampled(energies, size, align_corners=True)
-        product = maps.sum(0).flatten(1)  # its negative logarithm
-        top = product.topk(max(int(product.shape[1] * TOP_SHARE), 1), dim=1).values
+        product = maps.sum(0)  # its negative logarithm
         return InferenceBatch(
-            pred_score=-scoring.log_mean_exp(-top, dim=1), anomaly_map=-scoring.log_mean_exp(-maps, dim=0)
+            pred_score=scoring.least_likely(product, self.top_share), anomaly_map=-scoring.log_mean_exp(-maps, dim=0)
         )
 
 
@@ -139,6 +138,7 @@ class MSFlow(FlowDetector):
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features. Not in the paper.
+        top_share: share of the cells, those least likely, of which the image score is taken; 0 for one cell.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
         schedule: of the learning rate, see :data:`anomalib_csflow.detectors.optimization.Schedule`.
@@ -174,6 +174,7 @@ class MSFlow(FlowDetector):
         condition_channels: int = 64,
         clamp: float = 1.9,
         standardize: bool = False,
+        top_share: float = 0.03,
         lr: float = 1e-4,
         gradient_clip_norm: float | None = 2.0,
         schedule: Schedule = "warmup_steps",
@@ -187,9 +188,10 @@ class MSFlow(FlowDetector):
             msg = f"give num_blocks of each layer: got {list(num_blocks)} for {list(layers)}"
             raise ValueError(msg)
         check_schedule(schedule)
+        scoring.check_top_share(top_share)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = weights == "random"
         features = HalvedLayers(FrozenLayers(create_backbone(backbone, weights), layers))
         if self.input_size is not None:
             features.check_size(*self.input_size)
-        self.model = MSFlowModel(features, num_blocks, condition_channels, clamp, standardize)
+        self.model = MSFlowModel(features, num_blocks, condition_channels, clamp, standardize, top_share)
