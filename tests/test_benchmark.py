@@ -223,7 +223,7 @@ def test_one_name_is_one_thing(mvtec_layout: Path) -> None:
         plan.cells([detector], [data], [0], {"layers": []}, "cpu")
     one, other = plan.cells([detector], [data], [0, 1], {}, "cpu")
     assert one.slug != other.slug
-    assert (one.samples, other.samples) == (True, False)
+    assert (one.in_full, other.in_full) == (True, False)
 
 
 def test_recipes_of_the_default_configuration() -> None:

@@ -49,6 +49,7 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
             row["fit_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
         predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
     row |= {
+        "threads": torch.get_num_threads(),
         "device": str(model.device.type if cell.accelerator == "cpu" else model.trainer.strategy.root_device.type),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_images": len(data.train_data),
@@ -64,7 +65,7 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
     found = accuracy.curves(predictions)
     arrays: dict[str, Any] = {name: curve.numpy() for name, curve in found.items()}
     np.savez_compressed(folder / "curves.npz", **arrays)
-    if cell.samples:
+    if cell.in_full:
         samples.save(predictions, folder, folder.parent.parent / "samples" / cell.data.name)
     torch.save(model.model.state_dict(), folder / "model.pt")
     return row
@@ -85,7 +86,7 @@ def export(cell: Cell, folder: Path) -> dict[str, Any]:
     model.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     device = "cuda" if torch.cuda.is_available() and cell.accelerator != "cpu" else "cpu"
     model.eval().to(device)
-    row: dict[str, Any] = {"threads": torch.get_num_threads()}
+    row: dict[str, Any] = {}
     batches = {f"b{size}": batch_of(data, model, size) for size in BATCHES}
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for name, batch in batches.items():

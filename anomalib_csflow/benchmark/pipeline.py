@@ -45,7 +45,8 @@ class CellJob(Job):
     def run(self, task_id: int | None = None) -> dict[str, Any]:
         """Run the stages one after the other and write the row, that of a failure too."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "log.txt").unlink(missing_ok=True)
+        for name in ("log.txt", "fit.json", "export.json", "openvino.json"):  # of an earlier try
+            (self.folder / name).unlink(missing_ok=True)
         self.cell.save(self.folder / "cell.json")
         row: dict[str, Any] = {
             "format": results.FORMAT,
@@ -70,6 +71,7 @@ class CellJob(Job):
             row |= {"status": "failed", "reason": reason}
         else:
             row |= self._read("fit")
+        if not reason and self.cell.in_full:
             reason = self._stage([*module, "export", str(self.folder)], environment)
             exported = self._read("export")
             row |= exported | {"notes": [*row["notes"], *exported.get("notes", [])]}

@@ -59,14 +59,23 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Cell:
-    """A detector on a data set with a seed: what one row of the table measures."""
+    """A detector on a data set with a seed: what one row of the table measures.
+
+    Args:
+        detector: what is measured.
+        data: on what.
+        seed: of the random numbers.
+        shared: what all detectors are given that can take it.
+        accelerator: as Lightning names it.
+        in_full: keep heat maps, export and time it too: of one seed, since these do not depend on it.
+    """
 
     detector: Detector
     data: DataSet
     seed: int
     shared: dict[str, Any]
     accelerator: str = "auto"
-    samples: bool = False
+    in_full: bool = False
 
     @property
     def slug(self) -> str:
@@ -131,7 +140,7 @@ def cells(
     shared: dict[str, Any],
     accelerator: str,
 ) -> list[Cell]:
-    """All cells, seed by seed; those of the first seed keep heat maps of the sample images.
+    """All cells, seed by seed; those of the first seed are measured in full.
 
     Raises:
         ValueError: for two detectors or data sets of one name, or a shared setting that is none.
@@ -146,7 +155,7 @@ def cells(
         msg = f"benchmark: shared has no {unknown[0]!r}; it has {', '.join(SHARED)}"
         raise ValueError(msg)
     return [
-        Cell(detector, data_set, seed, shared, accelerator, samples=seed == seeds[0])
+        Cell(detector, data_set, seed, shared, accelerator, in_full=seed == seeds[0])
         for seed in seeds  # the first for all, so that a run that is cut short has measured everything once
         for data_set in data
         for detector in detectors
