@@ -15,6 +15,8 @@ from anomalib_csflow import cli
 from anomalib_csflow.weights import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted({path.name for path in CONFIGS.glob("*.yaml")} - {"benchmark.yaml"})
+OF_CS_FLOW = [name for name in RECIPES if name.startswith("cs_flow")]
 Run = Callable[..., Path]
 
 
@@ -118,7 +120,7 @@ def test_fit_test_train_predict_and_export(model: list[str], run: Run, image_fol
         assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("cs_flow*.yaml")))
+@pytest.mark.parametrize("config", OF_CS_FLOW)
 def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> None:
     """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, width, size and epochs."""
     model = [f"--config={CONFIGS / config}", "--model.hidden_channels=8", "--model.image_size=128"]
@@ -135,9 +137,7 @@ def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> N
         assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
 
 
-@pytest.mark.parametrize(
-    "config", sorted({path.name for path in CONFIGS.glob("*.yaml")} - {path.name for path in CONFIGS.glob("cs_flow*")})
-)
+@pytest.mark.parametrize("config", sorted(set(RECIPES) - set(OF_CS_FLOW)))
 def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
     """Each recipe trains as it is, but for what needs a hub, hours or a GPU."""
     arguments_ = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]
@@ -152,7 +152,7 @@ def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
     run("test", *options, f"--ckpt_path={path}")
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("config", RECIPES)
 def test_recipes_fix_the_seed(config: str) -> None:
     """Without it, anomalib splits a folder anew in each command, and tests on what it trained on."""
     assert yaml.safe_load((CONFIGS / config).read_text())["seed_everything"] == 0
