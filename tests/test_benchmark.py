@@ -160,6 +160,21 @@ def test_cell_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) 
     assert "openvino_b8_p50_ms" not in timed
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_without_masks(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    (mvtec_layout / "textures" / "ground_truth" / "blob").unlink()
+    made = one_cell(mvtec_layout, PATCHCORE)
+    folder = tmp_path / "out" / "cells" / made.slug
+    folder.mkdir(parents=True)
+    row = cell.fit(made, folder)
+    assert row["image_AUROC"] > 0.9
+    assert np.isnan(row["pixel_AUROC"])
+    assert row["notes"] == ["no masks: no pixel figures"]
+    with np.load(folder / "curves.npz") as curves:
+        assert curves.files == ["roc"]
+    assert not list((tmp_path / "out" / "samples").rglob("*_mask.png"))
+
+
 def test_all_get_the_same_preparation_and_differences_are_said(mvtec_layout: Path, hub: Path) -> None:
     ours = REAL_NVP | {"init_args": REAL_NVP["init_args"] | {"image_size": [64, 96], "antialias": True}}
     made = one_cell(mvtec_layout, ours)
