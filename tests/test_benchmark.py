@@ -12,6 +12,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
+from rich.console import Console
 
 from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
@@ -312,6 +313,38 @@ def test_a_missing_extra_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "tabulate" else name)
     with pytest.raises(ModuleNotFoundError, match=r"needs tabulate: pip install 'anomalib-csflow\[benchmark\]'"):
         command_line.run([], "x", out=tmp_path)
+
+
+def test_an_interrupt_ends_the_run_and_is_no_failure(
+    mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def interrupted(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        if "cell" not in command[2]:
+            return subprocess.CompletedProcess(command, 0, "", "")  # git's
+        started.append(command)
+        return subprocess.CompletedProcess(command, -2)
+
+    monkeypatch.setattr(pipeline.subprocess, "run", interrupted)
+    detector, data = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
+    cells = plan.cells([detector], data, list(range(20)), SHARED, "cpu")
+    generator = pipeline.CellGenerator(cells, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.CellRunner(generator, {made.slug: 1.0 for made in cells}, Console(quiet=True)).run()
+    assert len(started) < 20
+    assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", "012"), ("4,6,7", "467")])
+def test_each_job_has_a_device(
+    visible: str, expected: str, mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(pipeline.torch.cuda, "device_count", lambda: 3)
+    job = pipeline.CellJob(one_cell(mvtec_layout, REAL_NVP), tmp_path, num_jobs=4)
+    found = [job._environment(place)["CUDA_VISIBLE_DEVICES"] for place in range(4)]
+    assert found == [*expected, expected[0]]
 
 
 def test_reasons_are_one_sentence(tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def main() -> None:
         auto_cli(run, as_positional=False, prog="python -m anomalib_csflow.benchmark")
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import torch
 from anomalib.pipelines.components import Job, JobGenerator, Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -93,15 +94,18 @@ class CellJob(Job):
         environment = dict(os.environ)
         threads = max(1, (os.cpu_count() or 1) // self.num_jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        if self.num_jobs > 1:
-            devices = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = devices[task_id] if task_id < len(devices) - 1 else str(task_id)
+        count = torch.cuda.device_count()
+        if self.num_jobs > 1 and count:
+            visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[task_id % count]
         return environment
 
     def _stage(self, command: Sequence[str], environment: dict[str, str]) -> str:
         """Run a process with its output in the log; returns why it failed, or nothing."""
         with (self.folder / "log.txt").open("a") as log:
             done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if done.returncode == -signal.SIGINT:  # by the one who has started this: no failure of the cell's
+            raise KeyboardInterrupt
         return "" if done.returncode == 0 else _reason(done.returncode, self.folder / "log.txt")
 
     def _openvino(self, xml: str, threads: int, environment: dict[str, str]) -> str:
@@ -208,15 +212,17 @@ class CellRunner(Runner):
 
             jobs: Iterable[Any] = self.generator(args, prev_stage_results)
             futures = {pool.submit(run, job): job.cell for job in jobs}
-            for future in as_completed(futures):
-                rows.append(future.result())
-                progress.advance(whole, self.seconds[futures[future].slug])
-                done, total = progress.tasks[0].completed, progress.tasks[0].total or 0
-                left = (total - done) * (time.perf_counter() - start) / done / 60
-                progress.update(
-                    whole, description=f"{len(rows)} of {len(futures)} cells", left=f"about {left:.0f} min left"
-                )
-                self.console.print(_said(rows[-1]), markup=False, highlight=False, soft_wrap=True)
+            try:
+                for future in as_completed(futures):
+                    rows.append(future.result())
+                    progress.advance(whole, self.seconds[futures[future].slug])
+                    done, total = progress.tasks[0].completed, progress.tasks[0].total or 0
+                    left = f"about {(total - done) * (time.perf_counter() - start) / done / 60:.0f} min left"
+                    progress.update(whole, description=f"{len(rows)} of {len(futures)} cells", left=left)
+                    self.console.print(_said(rows[-1]), markup=False, highlight=False, soft_wrap=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # or those that wait would still be measured
+                raise
         return rows
 
 
