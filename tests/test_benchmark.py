@@ -295,6 +295,16 @@ def test_samples_show_each_kind_and_a_good_image() -> None:
     assert set(kinds) == {"crack", "hole", "good"}
 
 
+def test_heat_is_how_rare_a_pixel_is() -> None:
+    maps = torch.rand(10, 100, 100, generator=torch.Generator().manual_seed(0)) ** 8  # most are near 0
+    heat = samples.rarity(maps[0], maps)
+    assert heat.min() < 1e-3
+    assert heat.max() == 1
+    assert (heat > 1 / 3).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert (heat > 2 / 3).float().mean() == pytest.approx(0.01, abs=0.003)
+    torch.testing.assert_close(heat, samples.rarity(maps[0].log(), maps.log()))  # whatever the scale of the scores
+
+
 def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert results.read(path) is None

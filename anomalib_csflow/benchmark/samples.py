@@ -1,5 +1,6 @@
 """The handful of test images that a report shows, the same for all detectors, and a cell's heat maps of them."""
 
+import math
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from . import results
 from .accuracy import Predictions
@@ -14,7 +16,7 @@ from .accuracy import Predictions
 MAX_SAMPLES = 6
 LONGEST_SIDE = 256
 MAP_SIDE = 128
-LIMITS = (0.001, 0.999)  # shares of all pixels below which and above which a heat map's colours end
+HOTTEST = 1e-3  # share of all test pixels that a heat map shows in the last colour
 
 
 def choose(predictions: Predictions) -> list[int]:
@@ -29,6 +31,21 @@ def choose(predictions: Predictions) -> list[int]:
     return [*sorted(in_turn[: MAX_SAMPLES - len(good)]), *good]
 
 
+def rarity(values: Tensor, of: Tensor) -> Tensor:
+    """How few pixels of the test set are as hot, on a logarithmic scale that all detectors share.
+
+    Args:
+        values: of a map, (H, W).
+        of: the maps of the test set, (N, H, W).
+
+    Returns:
+        (H, W) in [0, 1]: 0 where all are, 1/3 where a tenth is, 1 where a thousandth is or less.
+    """
+    known = of.flatten()[:: max(1, of.numel() // 1_000_000)].sort().values
+    colder = torch.searchsorted(known, values.contiguous()) / len(known)
+    return (1 - colder).clamp(HOTTEST, 1).log10() / math.log10(HOTTEST)
+
+
 def save(predictions: Predictions, cell: Path, shared: Path) -> None:
     """Write the cell's maps of the samples, and the samples themselves where no other cell has.
 
@@ -39,13 +56,10 @@ def save(predictions: Predictions, cell: Path, shared: Path) -> None:
     """
     chosen = {f"{number:02d}": index for number, index in enumerate(choose(predictions))}
     if predictions.maps is not None:
-        values = predictions.maps.flatten()
-        low, high = torch.quantile(values[:: max(1, values.numel() // 1_000_000)], torch.tensor(LIMITS)).tolist()
         side = max(1, max(predictions.maps.shape[-2:]) // MAP_SIDE)
-        maps: dict[str, Any] = {
-            name: predictions.maps[i, ::side, ::side].numpy().astype(np.float32) for name, i in chosen.items()
-        }
-        np.savez_compressed(cell / "maps.npz", lo=low, hi=high, **maps)
+        maps: dict[str, Any] = {name: predictions.maps[i, ::side, ::side] for name, i in chosen.items()}
+        maps = {name: rarity(values, predictions.maps).numpy() for name, values in maps.items()}
+        np.savez_compressed(cell / "maps.npz", lo=0.0, hi=1.0, **maps)
     if not (shared / "samples.json").is_file():
         shared.mkdir(parents=True, exist_ok=True)
         for name, index in chosen.items():
