@@ -1,6 +1,6 @@
 """A cell's model: the same weights, size and pre-processing for all as far as a model can take them, and where not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anomalib.models
@@ -19,9 +19,8 @@ def model(cell: Cell) -> AnomalibModule:
     Anomalib's own models know no ``weights`` and no ``image_size``: package weights are put where timm finds them,
     and the size goes into a pre-processor with the normalization that the backbone was trained with.
     """
-    build = import_named(cell.detector.class_path, anomalib.models, "detector")
+    build, arguments = _call(cell)
     own, shared = cell.detector.init_args, cell.shared
-    arguments = {key: value for key, value in shared.items() if accepts(build, key)} | own
     backbone = arguments.get("backbone")
     if backbone is not None and not accepts(build, "weights") and shared.get("weights") == "package":
         weights.install(backbone)
@@ -31,6 +30,13 @@ def model(cell: Cell) -> AnomalibModule:
         resize = Resize(size, antialias=shared.get("antialias", True))
         arguments["pre_processor"] = PreProcessor(Compose([resize, Normalize(*weights.normalization(backbone))]))
     return build(**arguments)
+
+
+def _call(cell: Cell) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What builds the cell's model, with its own arguments and those of the shared ones that it takes."""
+    build = import_named(cell.detector.class_path, anomalib.models, "detector")
+    shared = {key: value for key, value in cell.shared.items() if accepts(build, key)}
+    return build, shared | cell.detector.init_args
 
 
 def pair(size: int | Sequence[int]) -> list[int]:
@@ -49,8 +55,7 @@ def image_size(detector: AnomalibModule) -> list[int] | None:
 
 def settings(cell: Cell, detector: AnomalibModule) -> dict[str, Any]:
     """Backbone, weights and size as the model has them, and sentences on what is not as for the others."""
-    build = import_named(cell.detector.class_path, anomalib.models, "detector")
-    arguments = {key: value for key, value in cell.shared.items() if accepts(build, key)} | cell.detector.init_args
+    build, arguments = _call(cell)
     backbone = arguments.get("backbone")
     notes = [cell.detector.note] if cell.detector.note else []
     if backbone is None:

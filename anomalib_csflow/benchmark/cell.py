@@ -50,7 +50,7 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
         predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
     row |= {
         "threads": torch.get_num_threads(),
-        "device": str(model.device.type if cell.accelerator == "cpu" else model.trainer.strategy.root_device.type),
+        "device": model.trainer.strategy.root_device.type,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_images": len(data.train_data),
         "test_good": int((~predictions.labels).sum()),
@@ -71,13 +71,13 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
     return row
 
 
-def batch_of(data: AnomalibDataModule, model: AnomalibModule, size: int) -> Tensor:
-    """The first test images at the model's size, (size, 3, H, W); again from the start where there are too few."""
+def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> Tensor:
+    """The first test images at the model's size, (count, 3, H, W); again from the start where there are too few."""
     data.test_augmentations = Resize(build.image_size(model) or [256, 256], antialias=True)
     data.setup()
     loader = data.test_dataloader()
-    images = torch.cat([batch.image for batch in islice(loader, max(BATCHES))])
-    return images[torch.arange(size) % len(images)].contiguous()
+    images = torch.cat([batch.image for batch in islice(loader, count)])
+    return images[torch.arange(count) % len(images)]
 
 
 def export(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def export(cell: Cell, folder: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() and cell.accelerator != "cpu" else "cpu"
     model.eval().to(device)
     row: dict[str, Any] = {}
-    batches = {f"b{size}": batch_of(data, model, size) for size in BATCHES}
+    images = test_images(data, model, max(BATCHES))
+    batches = {f"b{size}": images[:size] for size in BATCHES}
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for name, batch in batches.items():
         on_device = batch.to(device)
