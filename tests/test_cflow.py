@@ -149,9 +149,9 @@ def test_accumulation_is_refused(fit: Fit) -> None:
 def test_scores_are_relative_to_the_training(fit: Fit, datamodule: Folder, tmp_path: Path) -> None:
     detector = fit({}, fibers_per_step=1000)
     assert detector.model.is_measured
-    assert torch.isfinite(detector.model.highest).all()
+    assert torch.isfinite(detector.model.reference).all()
     loaded = Watched.load_from_checkpoint(detector.trainer.checkpoint_callback.best_model_path)
-    torch.testing.assert_close(loaded.model.highest, detector.model.highest)
+    torch.testing.assert_close(loaded.model.reference, detector.model.reference)
     images = torch.rand(4, 3, 64, 64)
     with torch.no_grad():
         prediction = detector.eval().model(images)
@@ -159,28 +159,51 @@ def test_scores_are_relative_to_the_training(fit: Fit, datamodule: Folder, tmp_p
         torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
         # the published order: the sum over layers of densities relative to a maximum
         densities = detector.model.log_densities(detector.model.features(images))
-        pairs = zip(densities, detector.model.highest, strict=True)
+        pairs = zip(densities, detector.model.reference, strict=True)
         relative = [(level - highest).clamp(max=0).double().exp() for level, highest in pairs]
+        assert (detector.model.unit == 1).all()
         summed = scoring.upsampled(relative, (64, 64), align_corners=True).sum(0)
     torch.testing.assert_close(prediction.anomaly_map.double(), -(summed / 2).log(), atol=1e-4, rtol=1e-4)
     # validation without training leaves the reference alone
-    before = loaded.model.highest.clone()
+    before = loaded.model.reference.clone()
     Engine(accelerator="cpu", default_root_dir=tmp_path).validate(loaded, datamodule=datamodule)
-    assert torch.equal(loaded.model.highest, before)
+    assert torch.equal(loaded.model.reference, before)
 
 
-def test_energy_leaves_the_log_det_out(fit: Fit) -> None:
-    detector = fit({}, score_by="energy", top_share=0.1).eval()
-    assert not detector.model.is_measured
-    images = torch.rand(4, 3, 64, 64)
+def test_energies_are_in_standard_deviations_of_the_trainings(fit: Fit) -> None:
+    detector = fit({}, score_by="energy", top_share=0.1, standardize=True, lr=0, fibers_per_step=64).eval()
+    model = detector.model
+    assert model.is_measured
+    loaded = Watched.load_from_checkpoint(detector.trainer.checkpoint_callback.best_model_path)
+    torch.testing.assert_close(loaded.model.unit, model.unit)
     with torch.no_grad():
-        prediction = detector.model(images)
-        latents, log_det = detector.model.latents(images)
-        likeness = scoring.upsampled([scoring.likeness(level) for level in latents], (64, 64), align_corners=True)
-    assert log_det.abs().min() > 1  # there is something to leave out
-    torch.testing.assert_close(prediction.anomaly_map, -likeness.mean(0).log())
-    least = likeness.mean(0).flatten(1).sort(1).values[:, : int(0.1 * 64 * 64)]
-    torch.testing.assert_close(prediction.pred_score, -least.mean(1).log())
+        levels: list[list[torch.Tensor]] = [[], []]
+        for batch in detector.trainer.datamodule.train_dataloader():
+            latents, log_det = model.latents(detector.pre_processor(batch.image))
+            assert log_det.abs().min() > 1  # there is something to leave out
+            for level, latent in zip(levels, latents, strict=True):
+                level.append(-0.5 * latent.square().mean(1, keepdim=True))
+        energies = [torch.cat(level) for level in levels]
+        torch.testing.assert_close(model.reference, torch.stack([level.mean() for level in energies]))
+        torch.testing.assert_close(model.unit, torch.stack([level.std(correction=0) for level in energies]))
+        # the last batch, cell by cell
+        prediction = model(detector.pre_processor(batch.image))
+        relative = [
+            ((level[-len(batch.image) :] - level.mean()) / level.std(correction=0)).clamp(max=0) for level in energies
+        ]
+        expected = -scoring.upsampled(relative, (64, 64), align_corners=True).exp().mean(0).log()
+    torch.testing.assert_close(prediction.anomaly_map, expected, atol=1e-4, rtol=1e-4)
+    most = expected.flatten(1).sort(1, descending=True).values[:, : int(0.1 * 64 * 64)]
+    torch.testing.assert_close(prediction.pred_score, -(-most).exp().mean(1).log(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("far", [100.0, 2000.0])
+def test_energies_that_differ_beyond_float32s_exponents_are_ordered(far: float) -> None:
+    detector = CFlow(**CFLOW, image_size=64, score_by="energy")
+    maps = [torch.full((2, 1, 8, 8), -far), torch.full((2, 1, 4, 4), -far)]
+    for level in maps:
+        level[1] -= 5
+    torch.testing.assert_close(detector.model.score(maps, (64, 64)).pred_score, torch.tensor([far, far + 5]))
 
 
 def test_far_cells_are_still_ordered() -> None:

@@ -9,6 +9,7 @@ Differs from the published code:
   checkpoint holds, and not of the test set, on which the published scores of an image depend;
 - the map is -log of the mean over layers of these relative densities, which orders cells as the published
   sum does, but does not run out of float32's digits;
+- ``score_by: energy`` is ours: energies in standard deviations of the training cells' give each layer the same say;
 - the schedule is laid out over the steps and not over meta-epochs of 8;
 - a training batch with fewer cells than ``fibers_per_step`` gives one smaller step and not an error;
 - no augmentation: add it to the data; any backbone, layers and image size.
@@ -31,6 +32,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_csflow import scoring
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
 from anomalib_csflow.flows.pyramid import Pyramid
+from anomalib_csflow.flows.running_statistics import RunningStatistics
 from anomalib_csflow.weights import create_backbone
 
 from .base import FlowDetector
@@ -59,8 +61,10 @@ class CFlow(FlowDetector):
         permute_soft: rotate features by random matrices between blocks (the paper's), or permute them.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features. Not in the paper.
-        score_by: ``density`` judges cells by their log-density, the log-det included (the paper's); ``energy``
-            by their latents alone, as FastFlow and MSFlow do: a density also falls where good cells vary much.
+        score_by: ``density`` judges cells by their log-density, the log-det included, relative to the training's
+            highest (the paper's); ``energy`` by their latents alone, as FastFlow and MSFlow do, in standard
+            deviations of the training cells': a density also falls where good cells vary much, and the highest
+            density weighs the layers by chance.
         top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
             map's maximum, which is the paper's.
         fibers_per_step: cells per optimizer step.
@@ -128,7 +132,7 @@ class CFlow(FlowDetector):
             features, num_blocks, condition_channels, clamp, permute_soft, standardize, score_by, top_share
         )
         self._pending: list[tuple[int, Tensor, Tensor]] = []
-        self._highest = torch.full((len(features.channels),), -torch.inf)
+        self._seen = self._nothing_seen()
 
     def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # see the base
         """Mean over all cells of ``-log sigmoid(log p / C)``, as :meth:`training_step` takes it of some."""
@@ -142,8 +146,7 @@ class CFlow(FlowDetector):
         level, fibers, conditions = self._pending.pop()
         latents, log_det = self.model.fiber_flow.decode(level, fibers, conditions)
         log_density = scoring.log_density(latents, log_det) / fibers.shape[1]
-        self._highest = self._highest.to(log_density.device)
-        self._highest[level] = torch.maximum(self._highest[level], log_density.detach().max())
+        self._seen[level].update(self.model.likelihood(latents, log_det)[:, None])
         return self.checked(-F.logsigmoid(log_density).mean(), batch)
 
     def _fiber_batches(self, features: Pyramid) -> list[tuple[int, Tensor, Tensor]]:
@@ -178,26 +181,27 @@ class CFlow(FlowDetector):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Forget the densities of the epoch before: the decoders were others."""
-        self._highest = torch.full_like(self._highest, -torch.inf)
+        """Forget the cells of the epoch before: the decoders were others."""
+        self._seen = self._nothing_seen()
+
+    def _nothing_seen(self) -> list[RunningStatistics]:
+        return [RunningStatistics(1) for _ in self.model.reference]
 
     def on_validation_start(self) -> None:
-        """Set what densities are relative to, before thresholds are taken."""
-        self._set_highest()
+        """Set what cells are compared with, before thresholds are taken."""
+        self._compare_with_seen()
 
     def on_train_epoch_end(self) -> None:
-        """Set what densities are relative to, before a checkpoint is written."""
-        self._set_highest()
+        """Set what cells are compared with, before a checkpoint is written."""
+        self._compare_with_seen()
 
-    @torch.no_grad()
-    def _set_highest(self) -> None:
-        if self.model.score_by == "energy":  # whose highest likeness is known
+    def _compare_with_seen(self) -> None:
+        if self.trainer.state.fn != "fit" or not all(statistics.count for statistics in self._seen):
             return
-        if self.trainer.state.fn != "fit" or not torch.isfinite(self._highest).all():
-            return
-        highest = self.trainer.strategy.reduce(self._highest.to(self.device), reduce_op="max")
-        self.model.highest.copy_(highest)
-        self.model.is_measured.fill_(value=True)
+        self.model.compare_with(self._seen)
+        how = "mean" if self.model.score_by == "energy" else "max"  # every process saw its own share of the data
+        for buffer in (self.model.reference, self.model.unit):
+            buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op=how))
 
     def load_reference_state_dict(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
         """Load decoders that were trained with the authors' code.

@@ -11,6 +11,7 @@ from anomalib_csflow import scoring
 from anomalib_csflow.features import LayerPyramid
 from anomalib_csflow.flows import ChannelStandardization, FiberFlow, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
+from anomalib_csflow.flows.running_statistics import RunningStatistics
 
 from .flow_model import FlowModel
 
@@ -33,12 +34,14 @@ class CFlowModel(FlowModel):
         top_share: share of the map's cells, those least likely, of which the image score is taken.
 
     Attributes:
-        highest: the highest log-density per dimension of a training cell, of each layer; 0, and so a plain
-            density, until it was measured. Energies need none: theirs is 0.
-        is_measured: whether it was.
+        reference: what each layer's cells are compared with, in nats per channel: the highest log-density of a
+            training cell; of energies, minus their mean. 0 until it was measured.
+        unit: 1; of energies, the standard deviation of the training cells'.
+        is_measured: whether these were; before, cells are compared with nothing.
     """
 
-    highest: Tensor
+    reference: Tensor
+    unit: Tensor
     is_measured: Tensor
 
     def __init__(
@@ -60,7 +63,8 @@ class CFlowModel(FlowModel):
         super().__init__(features, PyramidFlow([*layers, fiber_flow]))
         self.score_by = score_by
         self.top_share = top_share
-        self.register_buffer("highest", torch.zeros(len(dims)))
+        self.register_buffer("reference", torch.zeros(len(dims)))
+        self.register_buffer("unit", torch.ones(len(dims)))
         self.register_buffer("is_measured", torch.zeros((), dtype=torch.bool))
 
     @property
@@ -70,8 +74,9 @@ class CFlowModel(FlowModel):
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
         """From features to the image score and the map of this size."""
-        cells = self.log_densities(features) if self.score_by == "density" else self.log_likenesses(features)
-        return self.score(cells, size)
+        latents, log_dets = self.fiber_flow.cells(self.decoder_inputs(features))
+        pairs = zip(latents, log_dets, strict=True)
+        return self.score([self.likelihood(level, log_det[:, 0])[:, None] for level, log_det in pairs], size)
 
     def decoder_inputs(self, features: Pyramid) -> Pyramid:
         """The features, standardized if the flow begins so."""
@@ -85,18 +90,48 @@ class CFlowModel(FlowModel):
             for level, log_det in zip(latents, log_dets, strict=True)
         )
 
-    def log_likenesses(self, features: Pyramid) -> Pyramid:
-        """``-1/2 mean_c z^2`` of each cell: its log-density without the log-det, and without the constant."""
-        latents, _ = self.fiber_flow.cells(self.decoder_inputs(features))
-        return tuple(-0.5 * level.square().mean(1, keepdim=True) for level in latents)
+    def likelihood(self, latents: Tensor, log_det: Tensor) -> Tensor:
+        """What cells are judged by, in nats per channel: their log-density, or minus their latents' energy.
+
+        Args:
+            latents: ``(N, C, ...)``.
+            log_det: of each cell, ``(N, ...)``.
+
+        Returns:
+            ``(N, ...)``.
+        """
+        if self.score_by == "energy":
+            return -0.5 * latents.square().mean(1)
+        return scoring.log_density(latents, log_det) / latents.shape[1]
+
+    @torch.no_grad()
+    def compare_with(self, seen: Sequence[RunningStatistics]) -> None:
+        """Judge cells by how they compare with training cells from now on.
+
+        Args:
+            seen: of each layer, statistics of the training cells' :meth:`likelihood`, as one channel.
+        """
+        for level, statistics in enumerate(seen):
+            if self.score_by == "energy":
+                self.reference[level] = statistics.mean.item()
+                self.unit[level] = statistics.variance.sqrt().clamp(min=1e-6).item()
+            else:
+                self.reference[level] = statistics.highest.item()
+        self.is_measured.fill_(value=True)
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """From cells' log-densities, or log-likenesses, to the map, and the score of its least likely cells.
+        """From cells' log-densities, or energies' negatives, to the map, and the score of its least likely cells.
 
-        The map is in nats: 0 where all layers are as likely as the likeliest training cell, or as can be.
+        By density the map is in nats: 0 where all layers are as likely as the likeliest training cell. By energy it
+        is in standard deviations of the training cells': 0 where all layers are as likely as these on average.
         """
-        excess = [level - highest for level, highest in zip(latents, self.highest, strict=True)]
-        # no layer may hide what another finds: likelier than all that was seen counts as likely as that
-        relative = [torch.where(self.is_measured, level.clamp(max=0), level).exp() for level in excess]
-        anomaly_map = scoring.surprise(scoring.upsampled(relative, size, align_corners=True))
+        levels = zip(latents, self.reference, self.unit, strict=True)
+        excess = [(level - reference) / unit for level, reference, unit in levels]
+        # no layer may hide what another finds: likelier than what it is compared with counts as likely as that
+        relative = [torch.where(self.is_measured, level.clamp(max=0), level) for level in excess]
+        if self.score_by == "energy":  # upsampled as logarithms, which tell 1000 standard deviations from 100
+            anomaly_map = -scoring.log_mean_exp(scoring.upsampled(relative, size, align_corners=True), dim=0)
+        else:
+            densities = [level.exp() for level in relative]
+            anomaly_map = scoring.surprise(scoring.upsampled(densities, size, align_corners=True))
         return InferenceBatch(pred_score=scoring.least_likely(anomaly_map, self.top_share), anomaly_map=anomaly_map)

@@ -8,6 +8,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from .pyramid import Pyramid, check_pyramid
+from .running_statistics import RunningStatistics
 
 
 class ChannelStandardization(InvertibleModule):
@@ -54,27 +55,19 @@ class ChannelStandardization(InvertibleModule):
         Raises:
             ValueError: if there are no pyramids.
         """
-        count = [0] * len(self.channels)
-        mean = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]
-        squares = [torch.zeros(channels, dtype=torch.float64) for channels in self.channels]  # of deviations, summed
+        seen = [RunningStatistics(channels) for channels in self.channels]
         for pyramid in pyramids:
-            for scale, level in enumerate(check_pyramid(pyramid, self.channels, self.ndim, halved=False)):
-                # merged over batches as Chan et al. (1983) do; in float64 on the CPU, which not every device has
-                variance, batch_mean = (
-                    v.cpu().double() for v in torch.var_mean(level.float(), (0, *range(2, self.ndim)), correction=0)
-                )
-                n = level.numel() // level.shape[1]
-                delta = batch_mean - mean[scale]
-                squares[scale] += n * variance + delta.square() * (count[scale] * n / (count[scale] + n))
-                mean[scale] += delta * (n / (count[scale] + n))
-                count[scale] += n
-        if not all(count):
+            for statistics, level in zip(
+                seen, check_pyramid(pyramid, self.channels, self.ndim, halved=False), strict=True
+            ):
+                statistics.update(level)
+        if not all(statistics.count for statistics in seen):
             msg = "there are no features to measure: the training set is empty"
             raise ValueError(msg)
-        for scale, n in enumerate(count):
-            variance = squares[scale] / n
+        for scale, statistics in enumerate(seen):
+            variance = statistics.variance
             least = floor * variance.mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-            self.get_buffer(f"mean_{scale}").copy_(mean[scale])
+            self.get_buffer(f"mean_{scale}").copy_(statistics.mean)
             self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
         self.get_buffer("is_fitted").fill_(value=True)
 

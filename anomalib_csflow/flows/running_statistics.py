@@ -1,0 +1,49 @@
+"""Statistics of what comes in batches."""
+
+import torch
+from torch import Tensor
+
+
+class RunningStatistics:
+    """Mean, variance and maximum of each channel over batches, in float64 on the CPU, which not every device has.
+
+    Args:
+        channels: of all batches.
+
+    Attributes:
+        count: values of each channel so far.
+        mean: ``(channels,)``.
+        highest: ``(channels,)``, minus infinity until there are values.
+
+    Example:
+        >>> seen = RunningStatistics(1)
+        >>> seen.update(torch.tensor([[1.0], [2.0]]))
+        >>> seen.update(torch.tensor([[6.0]]))
+        >>> seen.count, seen.mean.item(), round(seen.variance.item(), 3), seen.highest.item()
+        (3, 3.0, 4.667, 6.0)
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.highest = torch.full((channels,), -torch.inf, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)  # of deviations, summed
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """Add a batch ``(N, channels, ...)``, merged with those before as Chan et al. (1983) do."""
+        others = [dim for dim in range(values.ndim) if dim != 1]
+        variance, mean = torch.var_mean(values.float(), others, correction=0)
+        highest = values.amax(others)
+        variance, mean, highest = (value.cpu().double() for value in (variance, mean, highest))
+        n = values.numel() // values.shape[1]
+        delta, total = mean - self.mean, self.count + n
+        self._squares += n * variance + delta.square() * (self.count * n / total)
+        self.mean += delta * (n / total)
+        self.highest = torch.maximum(self.highest, highest)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean squared deviation from the mean, ``(channels,)``."""
+        return self._squares / self.count
