@@ -9,6 +9,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from conftest import CFLOW, randomize
+from lightning.pytorch import Trainer
 
 from anomalib_csflow import CFlow, scoring
 from anomalib_csflow.flows import FiberFlow
@@ -144,6 +145,12 @@ def test_gradients_are_clipped_at_each_step(fit: Fit) -> None:
 def test_accumulation_is_refused(fit: Fit) -> None:
     with pytest.raises(ValueError, match="raise fibers_per_step instead of accumulate_grad_batches"):
         fit({"accumulate_grad_batches": 2})
+
+
+def test_several_devices_are_refused(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match="CFlow trains on one device, since"):
+        fit({})
 
 
 def test_scores_are_relative_to_the_training(fit: Fit, datamodule: Folder, tmp_path: Path) -> None:

@@ -174,7 +174,10 @@ class CFlow(FlowDetector):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_start(self) -> None:
-        """Refuse what would pass fibers over silently."""
+        """Refuse what would pass fibers over silently, or what would wait for ever."""
+        if self.trainer.world_size > 1:  # whose processes would have to agree on each step's layer
+            msg = "CFlow trains on one device, since a step is on one layer's fibers: set the trainer's devices to 1"
+            raise ValueError(msg)
         if self.trainer.accumulate_grad_batches > 1:
             msg = "CFlow steps on fibers and not on images: raise fibers_per_step instead of accumulate_grad_batches"
             raise ValueError(msg)
@@ -199,9 +202,6 @@ class CFlow(FlowDetector):
         if self.trainer.state.fn != "fit" or not all(statistics.count for statistics in self._seen):
             return
         self.model.compare_with(self._seen)
-        how = "mean" if self.model.score_by == "energy" else "max"  # every process saw its own share of the data
-        for buffer in (self.model.reference, self.model.unit):
-            buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op=how))
 
     def load_reference_state_dict(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
         """Load decoders that were trained with the authors' code.
