@@ -145,8 +145,8 @@ class CFlow(FlowDetector):
             self._pending = self._fiber_batches(self.features(batch))
         level, fibers, conditions = self._pending.pop()
         latents, log_det = self.model.fiber_flow.decode(level, fibers, conditions)
-        log_density = scoring.log_density(latents, log_det) / fibers.shape[1]
-        self._seen[level].update(self.model.likelihood(latents, log_det)[:, None])
+        log_density = self.model.log_density(latents, log_det)
+        self._seen[level].update(self.model.likelihood(latents.detach(), log_det.detach())[:, None])
         return self.checked(-F.logsigmoid(log_density).mean(), batch)
 
     def _fiber_batches(self, features: Pyramid) -> list[tuple[int, Tensor, Tensor]]:

@@ -1,6 +1,6 @@
 """The network of CFLOW-AD, and its absolute scores; see :mod:`anomalib_csflow.detectors.cflow`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -74,9 +74,7 @@ class CFlowModel(FlowModel):
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
         """From features to the image score and the map of this size."""
-        latents, log_dets = self.fiber_flow.cells(self.decoder_inputs(features))
-        pairs = zip(latents, log_dets, strict=True)
-        return self.score([self.likelihood(level, log_det[:, 0])[:, None] for level, log_det in pairs], size)
+        return self.score(self._of_cells(features, self.likelihood), size)
 
     def decoder_inputs(self, features: Pyramid) -> Pyramid:
         """The features, standardized if the flow begins so."""
@@ -84,11 +82,16 @@ class CFlowModel(FlowModel):
 
     def log_densities(self, features: Pyramid) -> Pyramid:
         """Log-density of each cell of the decoders' inputs, in nats per channel: maps ``(N, 1, H_i, W_i)``."""
+        return self._of_cells(features, self.log_density)
+
+    def _of_cells(self, features: Pyramid, judged: Callable[[Tensor, Tensor], Tensor]) -> Pyramid:
         latents, log_dets = self.fiber_flow.cells(self.decoder_inputs(features))
-        return tuple(
-            scoring.log_density(level, log_det[:, 0])[:, None] / level.shape[1]
-            for level, log_det in zip(latents, log_dets, strict=True)
-        )
+        pairs = zip(latents, log_dets, strict=True)
+        return tuple(judged(level, log_det[:, 0])[:, None] for level, log_det in pairs)
+
+    def log_density(self, latents: Tensor, log_det: Tensor) -> Tensor:
+        """Log-density of cells in nats per channel, of latents ``(N, C, ...)`` and log-dets ``(N, ...)``."""
+        return scoring.log_density(latents, log_det) / latents.shape[1]
 
     def likelihood(self, latents: Tensor, log_det: Tensor) -> Tensor:
         """What cells are judged by, in nats per channel: their log-density, or minus their latents' energy.
@@ -102,7 +105,7 @@ class CFlowModel(FlowModel):
         """
         if self.score_by == "energy":
             return -0.5 * latents.square().mean(1)
-        return scoring.log_density(latents, log_det) / latents.shape[1]
+        return self.log_density(latents, log_det)
 
     @torch.no_grad()
     def compare_with(self, seen: Sequence[RunningStatistics]) -> None:
