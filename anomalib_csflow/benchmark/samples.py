@@ -35,11 +35,11 @@ def rarity(values: Tensor, of: Tensor) -> Tensor:
     """How few pixels of the test set are as hot, on a logarithmic scale that all detectors share.
 
     Args:
-        values: of a map, (H, W).
+        values: of a map, or of several, (..., H, W).
         of: the maps of the test set, (N, H, W).
 
     Returns:
-        (H, W) in [0, 1]: 0 where all are, 1/3 where a tenth is, 1 where a thousandth is or less.
+        (..., H, W) in [0, 1]: 0 where all are, 1/3 where a tenth is, 1 where a thousandth is or less.
     """
     known = of.flatten()[:: max(1, of.numel() // 1_000_000)].sort().values
     colder = torch.searchsorted(known, values.contiguous()) / len(known)
@@ -57,8 +57,8 @@ def save(predictions: Predictions, cell: Path, shared: Path) -> None:
     chosen = {f"{number:02d}": index for number, index in enumerate(choose(predictions))}
     if predictions.maps is not None:
         side = max(1, max(predictions.maps.shape[-2:]) // MAP_SIDE)
-        maps: dict[str, Any] = {name: predictions.maps[i, ::side, ::side] for name, i in chosen.items()}
-        maps = {name: rarity(values, predictions.maps).numpy() for name, values in maps.items()}
+        heat = rarity(predictions.maps[list(chosen.values()), ::side, ::side], predictions.maps).numpy()
+        maps: dict[str, Any] = dict(zip(chosen, heat, strict=True))
         np.savez_compressed(cell / "maps.npz", lo=0.0, hi=1.0, **maps)
     if not (shared / "samples.json").is_file():
         shared.mkdir(parents=True, exist_ok=True)
