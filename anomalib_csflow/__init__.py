@@ -9,10 +9,11 @@ from importlib.metadata import version
 
 import anomalib.models
 
-from .detectors.caching import FeatureCache
-from .detectors.cflow import CFlow
-from .detectors.cs_flow import CSFlow
-from .detectors.differ_net import DifferNet
+from anomalib_csflow.detectors.cflow import CFlow
+from anomalib_csflow.detectors.cs_flow import CSFlow
+from anomalib_csflow.detectors.differ_net import DifferNet
+from anomalib_csflow.engine.feature_cache import FeatureCache
+
 from .detectors.fast_flow import FastFlow
 from .detectors.ms_flow import MSFlow
 from .detectors.real_nvp import RealNVP

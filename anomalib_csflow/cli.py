@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.loggers import configure_logger
 
-from . import weights
+from anomalib_csflow.features import weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ from rich.table import Table
 from skimage import draw, filters
 
 from anomalib_csflow import CSFlow
-from anomalib_csflow.benchmark import accuracy, measure, overview
+from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark.run import accuracy, measure
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs

@@ -123,7 +123,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark's folder with its page; nobody writes there."""
     from benchmark_output import write_output
 
-    from anomalib_csflow.benchmark import report
+    from anomalib_csflow.benchmark.page import report
 
     out = tmp_path_factory.mktemp("benchmark")
     write_output(out)

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
-from anomalib_csflow.benchmark import accuracy, build, cell, config, measure, pipeline, plan, results, samples, timing
+from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.run import accuracy, build, cell, config, measure, pipeline, plan, samples, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
 REAL_NVP = {
@@ -247,7 +248,7 @@ def test_recipes_of_the_default_configuration() -> None:
     entries = yaml.safe_load((root / "configs" / "benchmark.yaml").read_text())
     found = [config.read_detector(entry, root) for entry in entries["detectors"]]
     packages = {d.class_path.partition(".")[0] for d in found}
-    assert packages == {"anomalib_csflow", "benchmarks"}
+    assert packages == {"anomalib_csflow"}
     assert len({d.name for d in found}) == len(found)
     cs_flow = next(d for d in found if d.class_path == "anomalib_csflow.CSFlow")
     assert cs_flow.epochs == 12

@@ -12,7 +12,7 @@ from anomalib.cli.cli import AnomalibCLI
 from conftest import folder_arguments
 
 from anomalib_csflow import cli
-from anomalib_csflow.weights import create_backbone
+from anomalib_csflow.features.weights import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted({path.name for path in CONFIGS.glob("*.yaml")} - {"benchmark.yaml"})

@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_csflow import CFlow, CSFlow, DifferNet, FastFlow, MSFlow, RealNVP, scoring
-from anomalib_csflow.detectors import precision
-from anomalib_csflow.detectors.base import FlowDetector, NonFiniteLossError
-from anomalib_csflow.detectors.images import UnreadableImageError
-from anomalib_csflow.detectors.precision import computes_bfloat16
+from anomalib_csflow.engine import precision
+from anomalib_csflow.engine.detector import FlowDetector, NonFiniteLossError
+from anomalib_csflow.engine.images import UnreadableImageError
+from anomalib_csflow.engine.precision import computes_bfloat16
+from anomalib_csflow.features.weights import WeightsError
 from anomalib_csflow.flows import CrossScaleCoupling
-from anomalib_csflow.weights import WeightsError
 
 DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CSFlow": (CSFlow, SMALL),

@@ -14,8 +14,8 @@ from conftest import SMALL, folder_arguments, randomize
 from torchvision.transforms.v2 import functional as transforms
 
 from anomalib_csflow import DifferNet, RealNVP
-from anomalib_csflow.detectors.checkpoints import CheckpointError
-from anomalib_csflow.detectors.rotations import rotate_all, rotate_each
+from anomalib_csflow.detectors.differ_net.rotations import rotate_all, rotate_each
+from anomalib_csflow.engine.checkpoints import CheckpointError
 
 TINY = SMALL | {"num_test_rotations": 4, "num_train_rotations": 2}
 

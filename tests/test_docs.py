@@ -14,10 +14,10 @@ from anomalib.engine import Engine
 from conftest import randomize
 
 import anomalib_csflow
-from anomalib_csflow.detectors.base import FlowDetector
+from anomalib_csflow.engine.detector import FlowDetector
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("speed/*.md"), *ROOT.glob("docs/**/*.md")])
 SMALL = {"backbone": "tf_efficientnet_lite0", "num_blocks": 2}
 
 

@@ -13,7 +13,7 @@ from anomalib.engine import Engine
 from conftest import CFLOW, FAST_FLOW, MS_FLOW, folder_arguments
 
 from anomalib_csflow import CFlow, FastFlow, MSFlow
-from anomalib_csflow.detectors.base import FlowDetector
+from anomalib_csflow.engine.detector import FlowDetector
 
 SIZE = (64, 96)
 DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {

@@ -22,9 +22,9 @@ from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 from torchvision.transforms import v2
 
-from anomalib_csflow import CSFlow, FeatureCache, feature_cache
-from anomalib_csflow.detectors.caching import changing_transforms
-from anomalib_csflow.feature_cache import FeatureStore, image_key
+from anomalib_csflow import CSFlow, FeatureCache
+from anomalib_csflow.engine.feature_cache import changing_transforms
+from anomalib_csflow.features.store import FeatureStore, default_directory, image_key
 
 PYRAMID = (torch.randn(6, 4, 5), torch.randn(6, 2, 3))
 
@@ -401,7 +401,7 @@ def test_it_is_on_by_default_and_ends_with_the_fit(image_folder: Path, tmp_path:
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
     assert len([c for c in engine.trainer.callbacks if isinstance(c, FeatureCache)]) == 1
-    assert len(files(feature_cache.default_directory())) >= 12
+    assert len(files(default_directory())) >= 12
     assert detector.feature_cache is None  # tests and predictions compute
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from anomalib_csflow.features import FrozenBackbone, FrozenLayers, ImagePyramid, LayerPyramid, PooledPyramid
-from anomalib_csflow.weights import create_backbone
+from anomalib_csflow.features.weights import create_backbone
 
 BACKBONES = [
     ("tf_efficientnet_lite0", "blocks.5", 192, 32),

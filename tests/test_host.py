@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import resize
 
 import anomalib_csflow
 from anomalib_csflow import CSFlow
-from anomalib_csflow.detectors.checkpoints import CheckpointError
+from anomalib_csflow.engine.checkpoints import CheckpointError
 
 SIZE = (96, 128)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anomalib_csflow.detectors import optimization
+from anomalib_csflow.engine import optimization
 
 
 def rates(schedule: str, steps: int) -> list[float]:

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from anomalib_csflow import CSFlow, scoring
-from anomalib_csflow.detectors import differ_net_reference
-from anomalib_csflow.detectors.cs_flow_reference import convert_reference_flow
+from anomalib_csflow.detectors.cs_flow.reference import convert_reference_flow
+from anomalib_csflow.detectors.differ_net.reference import convert_reference_flow as convert_differ_net
 from anomalib_csflow.flows import CrossScaleCoupling, GlowCoupling, PyramidFlow, ScalePermutation
 
 
@@ -79,10 +79,10 @@ def test_published_differnet(test_data: Path) -> None:
         layers += [ScalePermutation(dims, seed=block), coupling]
     flow = PyramidFlow(layers)
     drawn = dict(flow.named_buffers())
-    converted = differ_net_reference.convert_reference_flow(golden["state_dict"], golden["permutations"])
+    converted = convert_differ_net(golden["state_dict"], golden["permutations"])
     for name, permutation in drawn.items():  # seeded as the published ones
         assert torch.equal(permutation, converted[name])
-    assert converted.keys() == differ_net_reference.convert_reference_flow(golden["state_dict"]).keys()
+    assert converted.keys() == convert_differ_net(golden["state_dict"]).keys()
     flow.load_state_dict(converted)
     latents, log_det = flow((golden["inputs"],))
     torch.testing.assert_close(latents[0], golden["latents"], atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from anomalib.engine import Engine
 from conftest import SMALL, randomize
 
 from anomalib_csflow import RealNVP
-from anomalib_csflow.benchmark import accuracy, measure
+from anomalib_csflow.benchmark.run import accuracy, measure
 from anomalib_csflow.flows import PixelFlow
 from anomalib_csflow.flows.masked_coupling import MaskedCoupling
 

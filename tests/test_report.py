@@ -11,7 +11,8 @@ import pytest
 from benchmark_output import ODD
 from PIL import Image
 
-from anomalib_csflow.benchmark import charts, drawing, overview, pictures, report
+from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark.page import charts, drawing, pictures, report
 
 VOID = {"meta", "link", "img", "input", "br"}
 

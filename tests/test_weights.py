@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as transforms
 
-from anomalib_csflow import weights
-from anomalib_csflow.weights import WeightsError, create_backbone
+from anomalib_csflow.features import weights
+from anomalib_csflow.features.weights import WeightsError, create_backbone
 
 
 @pytest.mark.parametrize("lite", [0, 1, 2])
@@ -106,7 +106,8 @@ def test_packages_that_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_installed_weights_reach_anomalibs_own_models(tmp_path: Path) -> None:
     """In a process of its own, as a user would: install, then a PatchCore with pretrained weights."""
     code = (
-        "import torch; from anomalib.models import Patchcore; from anomalib_csflow.weights import create_backbone;"
+        "import torch; from anomalib.models import Patchcore;"
+        "from anomalib_csflow.features.weights import create_backbone;"
         "model = Patchcore('tf_efficientnet_lite0', ['blocks.4'], pre_trained=True);"
         "backbone = model.model.feature_extractor.feature_extractor;"
         "ours = create_backbone('tf_efficientnet_lite0', 'package');"

@@ -15,8 +15,9 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from . import config, plan, results
-from .pipeline import CellGenerator, CellRunner
+from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.run import config, plan
+from anomalib_csflow.benchmark.run.pipeline import CellGenerator, CellRunner
 
 SECONDS_PER_IMAGE = 0.05  # of an epoch, for a detector that has not been measured here yet: one thread of a Xeon
 SECONDS_PER_CELL = 90.0  # for starting, testing, exporting and timing
@@ -111,7 +112,7 @@ def run(
         results.save(fresh, out)
     console.print(*results.terminal(fresh), sep="\n")
     console.print(*results.remarks(fresh), sep="\n", markup=False, highlight=False, soft_wrap=True)
-    from . import report  # noqa: PLC0415 (what it needs was asked for above)
+    from anomalib_csflow.benchmark.page import report  # noqa: PLC0415 (what it needs was asked for above)
 
     page = report.write(out)
     console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)

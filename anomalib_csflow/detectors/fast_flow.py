@@ -25,14 +25,13 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
 from anomalib_csflow.flows.all_in_one import Subnet
-from anomalib_csflow.weights import create_backbone
-
-from .base import FlowDetector
-from .flow_model import FlowModel
-from .optimization import Schedule, check_schedule
 
 
 def convolutions(kernel_size: int, hidden_ratio: float) -> Subnet:
@@ -91,7 +90,7 @@ class FastFlow(FlowDetector):
         backbone: a timm model with its tag, or ``torchvision/NAME``. Besides the default the paper has
             ``resnet18.tv_in1k``, ``deit_base_distilled_patch16_384.fb_in1k`` and ``cait_m48_448.fb_dist_in1k``.
         layers: whose maps are used, from fine to coarse. A transformer's tokens pass its final norm.
-        weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
+        weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
@@ -108,7 +107,7 @@ class FastFlow(FlowDetector):
         lr: Adam's learning rate.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
-        schedule: of the learning rate, see :data:`anomalib_csflow.detectors.optimization.Schedule`.
+        schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.

@@ -26,7 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import (
     ChannelStandardization,
     CrossScaleCoupling,
@@ -36,11 +40,6 @@ from anomalib_csflow.flows import (
     ScalePermutation,
     normalized_convolutions,
 )
-from anomalib_csflow.weights import create_backbone
-
-from .base import FlowDetector
-from .flow_model import FlowModel
-from .optimization import Schedule, check_schedule
 
 
 class HalvedLayers(LayerPyramid):
@@ -128,7 +127,7 @@ class MSFlow(FlowDetector):
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
         layers: whose maps are used, each with twice the stride of the one before.
-        weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
+        weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width to which images are resized, or one number for both. The published
             results have 512, and 256 for transistor.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
@@ -141,7 +140,7 @@ class MSFlow(FlowDetector):
         top_share: share of the cells, those least likely, of which the image score is taken; 0 for one cell.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate, see :data:`anomalib_csflow.detectors.optimization.Schedule`.
+        schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.

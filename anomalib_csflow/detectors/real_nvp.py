@@ -24,14 +24,13 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
+from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, MaskedCoupling, Perceptron, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
-from anomalib_csflow.weights import create_backbone
-
-from .base import FlowDetector
-from .flow_model import FlowModel
-from .optimization import Schedule, check_schedule
 
 
 class RealNVPModel(FlowModel):
@@ -75,7 +74,7 @@ class RealNVP(FlowDetector):
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``; the paper's is EfficientNet-B4.
         layer: whose maps are averaged; of an EfficientNet ``bn2`` is the last (1792 channels).
-        weights: ``hub``, ``package``, ``random`` or a file, see :func:`anomalib_csflow.weights.create_backbone`.
+        weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
@@ -88,7 +87,7 @@ class RealNVP(FlowDetector):
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
         schedule: of the learning rate: ``constant`` (the paper's) or another of
-            :data:`anomalib_csflow.detectors.optimization.Schedule`.
+            :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F  # noqa: N812
 
 FEW_POSITIONS = 1024
-"""Positions N * H * W below which one matrix product beats the convolution (benchmarks/coupling.py)."""
+"""Positions N * H * W below which one matrix product beats the convolution (speed/coupling.py)."""
 
 MANY_CHANNELS = 256
 """Input channels from which multiplying before resizing beats resizing before the convolution."""

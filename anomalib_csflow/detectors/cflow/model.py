@@ -1,0 +1,139 @@
+"""The network of CFLOW-AD, and its absolute scores; see :mod:`anomalib_csflow.detectors.cflow`."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, cast, get_args
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor
+
+from anomalib_csflow import scoring
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.features import LayerPyramid
+from anomalib_csflow.flows import ChannelStandardization, FiberFlow, PyramidFlow
+from anomalib_csflow.flows.pyramid import Pyramid
+from anomalib_csflow.flows.running_statistics import RunningStatistics
+
+ScoreBy = Literal["density", "energy"]
+"""What cells are judged by: their log-density, or their latents' energy alone."""
+SCORES_BY: tuple[str, ...] = get_args(ScoreBy)
+
+
+class CFlowModel(FlowModel):
+    """The network of CFLOW-AD: several layers of a backbone, a flow of their cells, relative densities.
+
+    Args:
+        features: images to the layers' maps.
+        num_blocks: of each layer's decoder.
+        condition_channels: of the positional encoding.
+        clamp: bound of the log-scales.
+        permute_soft: rotate between blocks instead of permuting.
+        standardize: begin with a layer that standardizes each channel.
+        score_by: what cells are judged by, see :class:`~anomalib_csflow.detectors.cflow.CFlow`.
+        top_share: share of the map's cells, those least likely, of which the image score is taken.
+
+    Attributes:
+        reference: what each layer's cells are compared with, in nats per channel: the highest log-density of a
+            training cell; of energies, minus their mean. 0 until it was measured.
+        unit: 1; of energies, the standard deviation of the training cells'.
+        is_measured: whether these were; before, cells are compared with nothing.
+    """
+
+    reference: Tensor
+    unit: Tensor
+    is_measured: Tensor
+
+    def __init__(
+        self,
+        features: LayerPyramid,
+        num_blocks: int,
+        condition_channels: int,
+        clamp: float,
+        permute_soft: bool,
+        standardize: bool,
+        score_by: ScoreBy,
+        top_share: float,
+    ) -> None:
+        dims = [(channels, 1, 1) for channels in features.channels]  # only the channels count
+        fiber_flow = FiberFlow(
+            dims, num_blocks=num_blocks, condition_channels=condition_channels, clamp=clamp, permute_soft=permute_soft
+        )
+        layers = [ChannelStandardization(dims)] if standardize else []
+        super().__init__(features, PyramidFlow([*layers, fiber_flow]))
+        self.score_by = score_by
+        self.top_share = top_share
+        self.register_buffer("reference", torch.zeros(len(dims)))
+        self.register_buffer("unit", torch.ones(len(dims)))
+        self.register_buffer("is_measured", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def fiber_flow(self) -> FiberFlow:
+        """The decoders of all layers, behind the standardization if there is one."""
+        return cast("FiberFlow", self.flow[-1])
+
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """From features to the image score and the map of this size."""
+        return self.score(self._of_cells(features, self.likelihood), size)
+
+    def decoder_inputs(self, features: Pyramid) -> Pyramid:
+        """The features, standardized if the flow begins so."""
+        return features if self.standardization is None else self.standardization(features, jac=False)[0]
+
+    def log_densities(self, features: Pyramid) -> Pyramid:
+        """Log-density of each cell of the decoders' inputs, in nats per channel: maps ``(N, 1, H_i, W_i)``."""
+        return self._of_cells(features, self.log_density)
+
+    def _of_cells(self, features: Pyramid, judged: Callable[[Tensor, Tensor], Tensor]) -> Pyramid:
+        latents, log_dets = self.fiber_flow.cells(self.decoder_inputs(features))
+        pairs = zip(latents, log_dets, strict=True)
+        return tuple(judged(level, log_det[:, 0])[:, None] for level, log_det in pairs)
+
+    def log_density(self, latents: Tensor, log_det: Tensor) -> Tensor:
+        """Log-density of cells in nats per channel, of latents ``(N, C, ...)`` and log-dets ``(N, ...)``."""
+        return scoring.log_density(latents, log_det) / latents.shape[1]
+
+    def likelihood(self, latents: Tensor, log_det: Tensor) -> Tensor:
+        """What cells are judged by, in nats per channel: their log-density, or minus their latents' energy.
+
+        Args:
+            latents: ``(N, C, ...)``.
+            log_det: of each cell, ``(N, ...)``.
+
+        Returns:
+            ``(N, ...)``.
+        """
+        if self.score_by == "energy":
+            return -0.5 * latents.square().mean(1)
+        return self.log_density(latents, log_det)
+
+    @torch.no_grad()
+    def compare_with(self, seen: Sequence[RunningStatistics]) -> None:
+        """Judge cells by how they compare with training cells from now on.
+
+        Args:
+            seen: of each layer, statistics of the training cells' :meth:`likelihood`, as one channel.
+        """
+        for level, statistics in enumerate(seen):
+            if self.score_by == "energy":
+                self.reference[level] = statistics.mean.item()
+                self.unit[level] = statistics.variance.sqrt().clamp(min=1e-6).item()
+            else:
+                self.reference[level] = statistics.highest.item()
+        self.is_measured.fill_(value=True)
+
+    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """From cells' log-densities, or energies' negatives, to the map, and the score of its least likely cells.
+
+        By density the map is in nats: 0 where all layers are as likely as the likeliest training cell. By energy it
+        is in standard deviations of the training cells': 0 where all layers are as likely as these on average.
+        """
+        levels = zip(latents, self.reference, self.unit, strict=True)
+        excess = [(level - reference) / unit for level, reference, unit in levels]
+        # no layer may hide what another finds: likelier than what it is compared with counts as likely as that
+        relative = [torch.where(self.is_measured, level.clamp(max=0), level) for level in excess]
+        if self.score_by == "energy":  # upsampled as logarithms, which tell 1000 standard deviations from 100
+            anomaly_map = -scoring.log_mean_exp(scoring.upsampled(relative, size, align_corners=True), dim=0)
+        else:
+            densities = [level.exp() for level in relative]
+            anomaly_map = scoring.surprise(scoring.upsampled(densities, size, align_corners=True))
+        return InferenceBatch(pred_score=scoring.least_likely(anomaly_map, self.top_share), anomaly_map=anomaly_map)

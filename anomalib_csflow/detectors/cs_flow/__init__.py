@@ -1,0 +1,5 @@
+"""CS-Flow: the cross-scale flow."""
+
+from .detector import CSFlow
+
+__all__ = ["CSFlow"]

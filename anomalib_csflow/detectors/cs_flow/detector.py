@@ -1,0 +1,204 @@
+"""CS-Flow: a fully convolutional cross-scale flow on the features of three image sizes.
+
+Marco Rudolph, Tom Wehrbein, Bodo Rosenhahn, Bastian Wandt, "Fully Convolutional Cross-Scale-Flows
+for Image-based Defect Detection", WACV 2022, https://arxiv.org/abs/2110.02855.
+
+Differs from the published code:
+
+- the inverse inverts (the published one reads the wrong maps);
+- latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
+- any backbone, layer, number of scales and image size;
+- TensorFlow's "same" padding is computed for the image at hand and not for 456 pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor
+
+from anomalib_csflow import scoring
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.model import FlowModel
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.features import FrozenBackbone, ImagePyramid
+from anomalib_csflow.features.weights import create_backbone
+from anomalib_csflow.flows import ChannelStandardization, CrossScaleCoupling, PyramidFlow, ScalePermutation
+
+from .reference import convert_reference_flow
+
+
+class CSFlowModel(FlowModel):
+    """The network of CS-Flow: features of an image pyramid, cross-scale couplings, mean energy.
+
+    Args:
+        features: images to a pyramid of features.
+        kernel_sizes: of the convolutions of each block, a permutation and a coupling.
+        hidden_channels: of the couplings' convolutions.
+        clamp: bound of the couplings' log-scales.
+        standardize: begin with a layer that standardizes each channel.
+        map_mode: how scales make a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
+        recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
+    """
+
+    def __init__(
+        self,
+        features: ImagePyramid,
+        kernel_sizes: Sequence[int],
+        hidden_channels: int,
+        clamp: float,
+        standardize: bool,
+        map_mode: scoring.MapMode,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        # only the channels count: the couplings take maps of any size
+        side = 2 ** (features.num_scales - 1)
+        dims = [(channels, side >> s, side >> s) for s, channels in enumerate(features.channels)]
+        layers = [ChannelStandardization(dims)] if standardize else []
+        for block, kernel_size in enumerate(kernel_sizes):
+            layers.append(ScalePermutation(dims, seed=block))
+            layers.append(
+                CrossScaleCoupling(dims, hidden_channels=hidden_channels, kernel_size=kernel_size, clamp=clamp)
+            )
+        super().__init__(features, PyramidFlow(layers, recompute=recompute))
+        self.map_mode = map_mode
+
+    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """Mean energy over all scales (eq. 8); a map of the mean squared latents (section 3.4)."""
+        return InferenceBatch(
+            pred_score=scoring.mean_energy(latents),
+            anomaly_map=scoring.anomaly_map(latents, size, self.map_mode),
+        )
+
+
+class CSFlow(FlowDetector):
+    """CS-Flow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+
+    Args:
+        backbone: a timm model with its tag, or ``torchvision/NAME``. The default has the weights
+            (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5.
+        layer: whose maps are used, such as ``blocks.5`` (the paper's: 304 channels, stride 32).
+        weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
+        image_size: height and width to which images are resized, or one number for both.
+        antialias: of the resizing in the engine. Exported models resize without it: where images are
+            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        num_scales: number of image sizes, each half the one before.
+        num_blocks: number of coupling blocks.
+        kernel_sizes: of each block's convolutions; 3, and 5 in the last block, if not given.
+        hidden_channels: of the couplings' convolutions.
+        clamp: bound of the couplings' log-scales (alpha).
+        standardize: put a fixed layer before the flow that standardizes each channel with statistics
+            of the training features; the likelihood stays that of the features. Not in the paper;
+            training then needs far fewer epochs.
+        map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the scales.
+        lr: Adam's learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: Adam's.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
+        schedule: of the learning rate: ``constant`` (the paper's) or another of
+            :data:`anomalib_csflow.engine.optimization.Schedule`.
+        bfloat16: train the flow's convolutions in bfloat16 where the device computes in it (AMX, AVX512-BF16, GPUs
+            from Ampere on); log-dets, losses and scores stay in float32.
+        recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
+            num_blocks, for about a third more time.
+        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
+        post_processor: or True for anomalib's.
+        evaluator: or True for image and pixel AUROC and F1.
+        visualizer: or True for anomalib's.
+
+    Raises:
+        ValueError: on an unknown backbone, layer or map mode, or an image too small for the scales.
+        WeightsError: if the weights cannot be had.
+
+    Example:
+        >>> import torch
+        >>> detector = CSFlow("tf_efficientnet_lite0", "blocks.4", "random", image_size=128,
+        ...                   num_blocks=1, hidden_channels=16)
+        >>> detector = detector.eval()
+        >>> images = torch.rand(2, 3, 128, 128)
+        >>> detector.nll(images).shape, detector(images).anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 128, 128]))
+    """
+
+    model: CSFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b5.aa_in1k",
+        layer: str = "blocks.5",
+        weights: str = "hub",
+        image_size: int | tuple[int, int] = 768,
+        antialias: bool = True,
+        num_scales: int = 3,
+        num_blocks: int = 4,
+        kernel_sizes: Sequence[int] | None = None,
+        hidden_channels: int = 1024,
+        clamp: float = 3.0,
+        standardize: bool = False,
+        map_mode: scoring.MapMode = "finest",
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 1e-5,
+        gradient_clip_norm: float = 1.0,
+        schedule: Schedule = "constant",
+        bfloat16: bool = False,
+        recompute: bool = False,
+        max_epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if kernel_sizes is None:
+            kernel_sizes = [3] * (num_blocks - 1) + [5]
+        if num_blocks < 1 or len(kernel_sizes) != num_blocks:
+            msg = f"num_blocks must be 1 or more, with one of kernel_sizes each: got {num_blocks}, {kernel_sizes}"
+            raise ValueError(msg)
+        if map_mode not in scoring.MAP_MODES:
+            msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
+            raise ValueError(msg)
+        check_schedule(schedule)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = weights == "random"
+        features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
+        if self.input_size is not None:
+            features.check_size(*self.input_size)
+        self.model = CSFlowModel(
+            features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
+        )
+
+    def load_reference_state_dict(
+        self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Load a flow that was trained with the authors' code or with anomalib's ``Csflow``.
+
+        The features must be the same too: build the detector with the backbone that the flow was
+        trained on (anomalib's is ``torchvision/efficientnet_b5`` with layer ``features.6.8``, whose
+        weights are taken from ``state_dict`` if they are in it).
+
+        Args:
+            state_dict: of the authors' ``CSFlow`` model, or the ``state_dict`` of anomalib's
+                checkpoint or torch model.
+            permutations: by name, if they are not those that the two codes draw.
+
+        Raises:
+            ValueError: if the tensors do not fit this detector's scales, blocks or widths.
+        """
+        self.model.load_flow(convert_reference_flow(state_dict, permutations))
+        backbone = self.model.features.backbone
+        names = backbone.model.state_dict()
+        found = {
+            name: value
+            for key, value in state_dict.items()
+            if "feature_extractor." in key and (name := key.rpartition("feature_extractor.")[2]) in names
+        }
+        if len(found) == len(names):
+            backbone.model.load_state_dict(found)
+            self.keep_backbone = True

@@ -1,0 +1,256 @@
+"""DifferNet: a flow on pooled features of three image sizes, of which several turned views are averaged.
+
+Marco Rudolph, Bastian Wandt, Bodo Rosenhahn, "Same Same But DifferNet: Semi-Supervised Defect Detection
+with Normalizing Flows", WACV 2021, https://arxiv.org/abs/2008.12577.
+
+Differs from the published code:
+
+- the test's angles are always the fixed ones (the published test during training draws them);
+- latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
+- images are turned as tensors, to the nearest pixel as published, after they are normalized;
+- any backbone, layer, number of scales, number of views and image size.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.features import FrozenBackbone, PooledPyramid
+from anomalib_csflow.features.weights import create_backbone, normalization
+from anomalib_csflow.flows.pyramid import Pyramid
+
+from .model import DifferNetModel
+from .reference import convert_reference_flow
+from .rotations import fixed_angles, rotate_all, rotate_each
+
+NO_MAP = (
+    "The exported DifferNet gives the image score and no anomaly map: the map is a gradient with respect to the image. "
+    "For maps, predict in the engine with localize=True."
+)
+
+
+def _view_name(angle: float) -> str:
+    return f"turned by {angle:g} degrees"
+
+
+class DifferNet(FlowDetector):
+    """DifferNet in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+
+    Every image is seen in several turned views, in training by random angles and in the test by fixed
+    ones, and its score and its ``nll`` are the means over them. Where a part's orientation matters, or
+    its images are not square, fewer or no rotations may be better: 1 for both with
+    ``fixed_train_rotations`` is the image as it is.
+
+    ``forward``, and so every exported model, gives the image score and no anomaly map: the map is a
+    gradient with respect to the image, which exported graphs do not have.
+
+    Args:
+        backbone: a timm model with its tag, or ``torchvision/NAME``; the paper's is AlexNet.
+        layer: whose maps are averaged; of AlexNet the last before the classifier (256 channels).
+        weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
+        image_size: height and width to which images are resized, or one number for both.
+        antialias: of the resizing in the engine. Exported models resize without it: where images are
+            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        num_scales: number of image sizes, each half the one before.
+        num_blocks: number of coupling blocks.
+        hidden_channels: width of the couplings' perceptrons, of three hidden layers.
+        clamp: bound of the couplings' log-scales (alpha).
+        standardize: put a fixed layer before the flow that standardizes each feature with statistics
+            of the training features; the likelihood stays that of the features. Not in the paper.
+        num_train_rotations: views per image and training step.
+        num_test_rotations: views per image at test, turned by multiples of 360 degrees over their number. All
+            views of a batch go through the network at once: the evaluation batch times this is what memory must hold.
+        fixed_train_rotations: train on fixed angles, multiples of 360 degrees over ``num_train_rotations``, instead of
+            random ones: then a view's features are always the same. Not in the paper.
+        localize: give anomaly maps too in the engine's validation, test and prediction; these take a gradient per view.
+        lr: Adam's learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: Adam's.
+        schedule: of the learning rate: ``constant`` (the paper's) or another of
+            :data:`anomalib_csflow.engine.optimization.Schedule`.
+        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
+        post_processor: or True for anomalib's.
+        evaluator: or True for image and pixel AUROC and F1.
+        visualizer: or True for anomalib's.
+
+    Raises:
+        ValueError: on an unknown backbone or layer, no blocks or views, or an image too small for the scales.
+        WeightsError: if the weights cannot be had.
+
+    Example:
+        >>> detector = DifferNet("tf_efficientnet_lite0", "blocks.4", "random", image_size=128,
+        ...                      num_blocks=1, hidden_channels=16, num_test_rotations=2)
+        >>> detector = detector.eval()
+        >>> images = torch.rand(2, 3, 128, 128)
+        >>> detector.nll(images).shape, detector.model.localize(images).anomaly_map.shape
+        (torch.Size([2]), torch.Size([2, 1, 128, 128]))
+    """
+
+    model: DifferNetModel
+
+    def __init__(
+        self,
+        backbone: str = "torchvision/alexnet",
+        layer: str = "features.12",
+        weights: str = "hub",
+        image_size: int | tuple[int, int] = 448,
+        antialias: bool = True,
+        num_scales: int = 3,
+        num_blocks: int = 8,
+        hidden_channels: int = 2048,
+        clamp: float = 3.0,
+        standardize: bool = False,
+        num_train_rotations: int = 4,
+        num_test_rotations: int = 64,
+        fixed_train_rotations: bool = False,
+        localize: bool = False,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.8, 0.8),
+        eps: float = 1e-4,
+        weight_decay: float = 1e-5,
+        schedule: Schedule = "constant",
+        max_epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        counts = {
+            "num_blocks": num_blocks,
+            "num_train_rotations": num_train_rotations,
+            "num_test_rotations": num_test_rotations,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                msg = f"{name} must be 1 or more, got {count}"
+                raise ValueError(msg)
+        check_schedule(schedule)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = weights == "random"
+        features = PooledPyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
+        if self.input_size is not None:
+            features.check_size(*self.input_size)
+        mean, std = normalization(backbone)
+        black = [-m / s for m, s in zip(mean, std, strict=True)]
+        self.model = DifferNetModel(
+            features, num_blocks, hidden_channels, clamp, standardize, num_test_rotations, black
+        )
+
+    # -- views ------------------------------------------------------------------------------------
+
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """The training's fixed views, if it has them: random ones cannot be kept."""
+        if not self.hparams["fixed_train_rotations"]:
+            return ()
+        return tuple(_view_name(angle) for angle in fixed_angles(self.hparams["num_train_rotations"]))
+
+    def features(self, batch: Batch[Any]) -> Pyramid:
+        """Features of the views of a training step, ``(V * N, D)``."""
+        images, count = cast("Tensor", batch.image), self.hparams["num_train_rotations"]
+        if self.hparams["fixed_train_rotations"]:
+            views = [self.view_features(batch, angle) for angle in fixed_angles(count)]
+        else:
+            views = [self.model.features(self.turned_at_random(images)) for _ in range(count)]
+        return tuple(torch.cat(level) for level in zip(*views, strict=True))
+
+    def view_features(self, batch: Batch[Any], angle: float) -> Pyramid:
+        """Features of a batch's images, turned by a fixed angle: while fitting, from the cache."""
+
+        def compute(images: Tensor) -> Pyramid:
+            turned = rotate_all(images, torch.tensor([angle]).to(images), self.model.get_buffer("black"))
+            return self.model.features(turned)
+
+        if self.feature_cache is None:
+            return compute(cast("Tensor", batch.image))
+        return self.feature_cache.features(batch, compute, self.trainer, _view_name(angle))
+
+    def turned_at_random(self, images: Tensor) -> Tensor:
+        """Each image turned by an angle of its own."""
+        degrees = images.new_empty(len(images)).uniform_(-180, 180)
+        return rotate_each(images, degrees, self.model.get_buffer("black"))
+
+    # -- maps, in the engine alone ----------------------------------------------------------------
+
+    def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
+        """Score a batch, with maps if they are asked for."""
+        del batch_idx
+        predict = self.model.localize if self.hparams["localize"] else self.model
+        return batch.update(**predict(cast("Tensor", batch.image))._asdict())
+
+    def test_step(self, batch: Batch[Any], batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch, with maps if they are asked for."""
+        del args, kwargs
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch[Any], batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch, with maps if they are asked for."""
+        del dataloader_idx
+        return self.validation_step(batch, batch_idx)
+
+    def on_test_start(self) -> None:
+        """Check that maps, if they are asked for, have a scale."""
+        self._check_map_scale()
+
+    def on_predict_start(self) -> None:
+        """Check the images to predict, and that maps, if they are asked for, have a scale."""
+        super().on_predict_start()
+        self._check_map_scale()
+
+    def _check_map_scale(self) -> None:
+        """Raise ValueError if maps would be compared with a threshold that was never taken."""
+        processor = self.post_processor
+        if not self.hparams["localize"] or not isinstance(processor, PostProcessor):
+            return
+        if not processor.image_min.isnan() and processor.pixel_min.isnan():
+            msg = (
+                "localize=True, but this model was validated without maps, so that they have no scale and no "
+                "threshold: fit or validate it with localize=True"
+            )
+            raise ValueError(msg)
+
+    # -- export -----------------------------------------------------------------------------------
+
+    def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export the image score to ONNX; see :meth:`FlowDetector.to_onnx`."""
+        rank_zero_info(NO_MAP)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export the whole module, whose ``forward`` gives the image score; see :meth:`FlowDetector.to_torch`."""
+        rank_zero_info(NO_MAP)
+        return super().to_torch(export_root, model_file_name)
+
+    def load_reference_state_dict(
+        self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Load a flow that was trained with the authors' code, on the same backbone's features.
+
+        Args:
+            state_dict: of the authors' ``DifferNet`` model.
+            permutations: by name, if they are not those that the code draws.
+
+        Raises:
+            ValueError: if the tensors do not fit this detector's features, blocks or widths.
+        """
+        self.model.load_flow(convert_reference_flow(state_dict, permutations))

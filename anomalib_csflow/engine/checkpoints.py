@@ -1,0 +1,118 @@
+"""Checkpoints without the frozen backbone, that say whose they are before anything is built."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from anomalib.models.components import AnomalibModule
+from anomalib.utils.serialization import anomalib_safe_globals
+from typing_extensions import Self
+
+from anomalib_csflow.features import weights
+
+from .model import FlowModel
+
+CHECKPOINT_KEY = "anomalib_csflow"
+BACKBONE = "model.features.backbone."
+EVALUATOR = "evaluator."
+STRUCTURE = (
+    *("backbone", "layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "standardize"),
+    *("condition_channels", "permute_soft", "num_steps", "hidden_ratio", "num_hidden"),
+)
+"""Arguments that say what tensors there are: a checkpoint's and the detector's must be the same."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not belong to the detector that should load it."""
+
+
+class LeanCheckpoints(AnomalibModule):
+    """What a detector's checkpoint holds: the flow, the thresholds, and whose they are.
+
+    The frozen backbone is left out where its weights can be had again: a digest tells whether they are
+    the same. So are the evaluator's tensors: metrics with buffers would else fail to load.
+
+    Attributes:
+        keep_backbone: whether checkpoints hold the backbone, since no source of weights has it.
+    """
+
+    model: FlowModel
+    keep_backbone: bool = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what can be had again: the frozen backbone, and the metrics' states."""
+        super().on_save_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        left_out = (EVALUATOR,) if self.keep_backbone else (EVALUATOR, BACKBONE)
+        for key in [key for key in state if key.startswith(left_out)]:
+            del state[key]
+        # the evaluator is a callback too, and its state there is the same tensors
+        for key in [key for key in checkpoint.get("callbacks", {}) if key.startswith("Evaluator")]:
+            del checkpoint["callbacks"][key]
+        checkpoint[CHECKPOINT_KEY] = {
+            "detector": type(self).__name__,
+            "backbone": weights.fingerprint(self.model.features.backbone),
+            "structure": {name: self.hparams[name] for name in STRUCTURE if name in self.hparams},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is this detector's, and put back what was left out."""
+        self._check_checkpoint(checkpoint)
+        self._check_structure(checkpoint)
+        state = checkpoint["state_dict"]
+        self.keep_backbone = any(key.startswith(BACKBONE) for key in state)
+        if not self.keep_backbone and checkpoint[CHECKPOINT_KEY]["backbone"] != weights.fingerprint(
+            self.model.features.backbone
+        ):
+            msg = (
+                f"the checkpoint was trained on other weights of the backbone {self.hparams['backbone']!r} than those "
+                f"loaded (weights={self.hparams['weights']!r}): pass the weights= that it was trained with"
+            )
+            raise CheckpointError(msg)
+        super().on_load_checkpoint(checkpoint)
+        left_out = (EVALUATOR,) if self.keep_backbone else (EVALUATOR, BACKBONE)
+        state.update({key: value for key, value in self.state_dict().items() if key.startswith(left_out)})
+
+    def _check_structure(self, checkpoint: dict[str, Any]) -> None:
+        """Raise CheckpointError if the checkpoint's tensors are of another backbone, layer or flow."""
+        # not the checkpoint's hyperparameters: Lightning puts the caller's arguments over them before it asks us
+        for name, theirs in checkpoint[CHECKPOINT_KEY]["structure"].items():
+            ours = self.hparams.get(name)
+            if theirs is None or ours is None:  # default kernel sizes, which num_blocks settles
+                continue
+            if list(theirs) != list(ours) if isinstance(theirs, Sequence) else theirs != ours:
+                msg = f"the checkpoint was trained with {name}={theirs!r}, this detector has {ours!r}: build it alike"
+                raise CheckpointError(msg)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Rebuild a detector from its checkpoint; see ``AnomalibModule.load_from_checkpoint``.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if it is not a checkpoint of this detector, before anything is built.
+        """
+        path = Path(checkpoint_path)
+        if not path.is_file():
+            msg = f"there is no checkpoint at {path}"
+            raise FileNotFoundError(msg)
+        try:
+            with anomalib_safe_globals(extra=cls.checkpoint_safe_globals()):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the reader raises many kinds
+            msg = (
+                f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}): give the .ckpt file of a training"
+            )
+            raise CheckpointError(msg) from error
+        cls._check_checkpoint(checkpoint, path)
+        return cast("Self", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
+
+    @classmethod
+    def _check_checkpoint(cls, checkpoint: dict[str, Any], path: Path | None = None) -> None:
+        """Raise CheckpointError unless this detector wrote the checkpoint."""
+        writer = checkpoint.get(CHECKPOINT_KEY, {}).get("detector")
+        if writer != cls.__name__:
+            what = f"a checkpoint of {writer}" if writer else "not a checkpoint of this package"
+            msg = f"{path or 'the file'} is {what}: {cls.__name__} cannot load it"
+            raise CheckpointError(msg)

@@ -1,0 +1,243 @@
+"""The main path that all detectors share: images, features, latents, score. Read this first."""
+
+from abc import ABC
+from collections.abc import Iterator
+from typing import Any, NoReturn, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import AUROC, Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_csflow import scoring
+from anomalib_csflow.features import weights
+from anomalib_csflow.flows.pyramid import Pyramid
+
+from . import optimization
+from .checkpoints import LeanCheckpoints
+from .exports import FlowExports
+from .feature_cache import FeatureCache
+from .images import check_images, image_files
+from .model import FlowModel
+from .precision import bfloat16
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged: the loss or its gradient is NaN or infinite."""
+
+
+class FlowDetector(LeanCheckpoints, FlowExports, ABC):
+    """What every detector of this package does in anomalib's engine.
+
+    It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
+    (direct subclasses only) never finds a detector of ours in place of one of its own.
+
+    A subclass passes its arguments up, then sets ``self.model`` to a
+    :class:`~anomalib_csflow.engine.model.FlowModel`. It must have init arguments ``backbone``, ``image_size``
+    and ``antialias``: anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made
+    from them.
+    """
+
+    model: FlowModel
+    feature_cache: FeatureCache | None = None  # while one is in use
+
+    @property
+    def cached_views(self) -> tuple[str, ...]:
+        """Names of the fixed views of an image whose features training needs; none if it sees others in every step."""
+        return ("",)
+
+    def __init__(
+        self,
+        pre_processor: PreProcessor | bool,
+        post_processor: PostProcessor | bool,
+        evaluator: Evaluator | bool,
+        visualizer: Visualizer | bool,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam on the flow's parameters, with the detector's schedule."""
+        is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return optimization.adam(
+            self.model.flow.parameters(),
+            self.hparams,
+            lambda: self.trainer.estimated_stepping_batches,
+            fused=not is_mixed,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume a schedule where it stood, over as many steps as are planned now."""
+        super().on_load_checkpoint(checkpoint)
+        optimization.forget_length(checkpoint)
+
+    # -- what anomalib asks of a model ------------------------------------------------------------
+
+    def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
+        """One step of maximum likelihood."""
+        del batch_idx
+        features = self.features(batch)
+        with bfloat16(features[0].device, wanted=self.hparams.get("bfloat16", False)):
+            loss = self.loss(features)
+        return self.checked(loss, batch)
+
+    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
+        """Log a batch's loss, and stop if it is not finite."""
+        if not torch.isfinite(loss):
+            self._stop("the loss", loss)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(cast("Tensor", batch.image))
+        )
+        return loss
+
+    def features(self, batch: Batch[Any]) -> Pyramid:
+        """Features of a batch's images, which are pre-processed already: while fitting, from the cache."""
+        if self.feature_cache is None:
+            return self.model.features(batch.image)
+        return self.feature_cache.features(batch, self.model.features, self.trainer)
+
+    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
+        """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
+        latents, log_det = self.model.transform(features)
+        return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
+
+    def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
+        """Score a batch; anomalib's post-processor takes thresholds from it."""
+        del batch_idx
+        height, width = cast("Tensor", batch.image).shape[-2:]
+        return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
+
+    def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
+        """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
+
+        Args:
+            images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as by ``forward`` and
+                in exported models.
+            bits_per_dim: give bits per dimension of the features instead of nats per image.
+
+        Returns:
+            ``(N,)``.
+        """
+        images = self.pre_processor(images) if self.pre_processor else images
+        latents, log_det = self.model.latents(images)
+        nats = self.model.per_image(scoring.nll(latents, log_det))
+        return scoring.bits_per_dim(nats, scoring.num_dims(latents)) if bits_per_dim else nats
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Good images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """These would override what the user asks of the trainer, so there are almost none.
+
+        The sanity steps, which would take thresholds from an untrained flow; and the number of epochs
+        where it was given to the detector.
+        """
+        max_epochs = self.hparams.get("max_epochs")
+        return {"num_sanity_val_steps": 0} | ({} if max_epochs is None else {"max_epochs": max_epochs})
+
+    # -- components -------------------------------------------------------------------------------
+
+    def configure_pre_processor(  # type: ignore[override] # anomalib's is static, but called on the instance
+        self, image_size: tuple[int, int] | None = None
+    ) -> PreProcessor:
+        """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
+        weights.check_backbone(self.hparams["backbone"])
+        size = image_size or self.hparams["image_size"]
+        size = [size, size] if isinstance(size, int) else list(size)
+        if min(size) < 1:
+            msg = f"image_size must be positive, got {size}"
+            raise ValueError(msg)
+        mean, std = weights.normalization(self.hparams["backbone"])
+        return PreProcessor(Compose([Resize(size, antialias=self.hparams["antialias"]), Normalize(mean, std)]))
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's default test metrics, and validation metrics that early stopping can monitor."""
+        defaults = AnomalibModule.configure_evaluator()
+        return Evaluator(
+            val_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            ],
+            test_metrics=[*defaults.test_metrics],
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's components, and a feature cache unless the trainer has one already."""
+        callbacks = [*cast("list[Callback]", super().configure_callbacks())]
+        is_given = any(isinstance(callback, FeatureCache) for callback in getattr(self._trainer, "callbacks", ()))
+        return callbacks if is_given else [*callbacks, FeatureCache()]
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the images of a stage before any long work."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
+        if self.trainer.is_global_zero:
+            files = [file for name in names for file in image_files(getattr(datamodule, name, None))]
+            cache = self.feature_cache
+            check_images([file for file in files if cache is None or not cache.holds(file)])
+
+    def on_predict_start(self) -> None:
+        """Check the images to predict."""
+        loaders = self.trainer.predict_dataloaders
+        loaders = loaders if isinstance(loaders, list) else [loaders]  # one alone if it came from a datamodule
+        check_images([file for loader in loaders for file in image_files(getattr(loader, "dataset", None))])
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Measure the statistics of the training features, unless a checkpoint brought them."""
+        layer = self.model.standardization
+        if layer is None or layer.is_fitted:
+            return
+        rank_zero_info("Measuring the statistics of the training images' features, once, before the first epoch.")
+        layer.fit(self._training_features())
+        if self.trainer.world_size > 1:  # every process saw its own share of the data: take the first's
+            for buffer in layer.buffers():
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
+
+    def _training_features(self) -> Iterator[Pyramid]:
+        """Features of each training batch, as the training steps will see them."""
+        for index, raw in enumerate(self.trainer.train_dataloader or ()):
+            batch = self.trainer.strategy.batch_to_device(raw)
+            if self.pre_processor:
+                cast("PreProcessor", self.pre_processor).on_train_batch_start(self.trainer, self, batch, index)
+            yield self.features(batch)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient's norm as the paper does, unless the trainer was given another value."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler skips such steps itself
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.flow.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                self._stop("the gradient", norm)
+        if gradient_clip_val is None:
+            gradient_clip_val = self.hparams.get("gradient_clip_norm")
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _stop(self, what: str, value: Tensor) -> NoReturn:
+        """Raise before the step is taken, and so before a checkpoint could hold what is not finite."""
+        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
+        msg = (
+            f"{what} became {value.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
+            f"The last good checkpoint: {saved}. Lower lr, or clip the gradient harder, or look for images that are "
+            "not like the others"
+        )
+        raise NonFiniteLossError(msg)

@@ -1,0 +1,177 @@
+"""Pyramids of features: one layer at several sizes of the image, or several layers in one pass."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from .backbones import PROBE_SIZE, FrozenBackbone, FrozenLayers
+
+
+class FeaturePyramid(nn.Module):
+    """What all pyramids of features have: a frozen backbone, and a least size of an image.
+
+    Args:
+        backbone: frozen.
+        channels: of each level, finest first.
+        strides: pixels of the image per cell, of each level.
+        what: describes the pyramid in errors.
+
+    Attributes:
+        channels: as given.
+        strides: as given.
+        min_size: least height and width of an image: one cell at the coarsest level.
+    """
+
+    def __init__(self, backbone: FrozenLayers, channels: Sequence[int], strides: Sequence[int], what: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = list(channels)
+        self.strides = list(strides)
+        self.min_size = max(strides)
+        self.what = what
+
+    def check_size(self, height: int, width: int) -> None:
+        """Check that the backbone takes images of this size, and that the coarsest level has a cell.
+
+        Raises:
+            ValueError: if not; the message says what size to use.
+        """
+        if height < self.min_size or width < self.min_size:
+            msg = (
+                f"an image of {height}x{width} pixels is too small for {self.what}: the least size is "
+                f"{self.min_size}x{self.min_size}"
+            )
+            raise ValueError(msg)
+        fixed = self.backbone.fixed_size
+        if fixed is not None and (height, width) != (fixed, fixed):
+            msg = (
+                f"this backbone cannot take an image of {height}x{width} pixels: its positions are of {fixed}x{fixed} "
+                f"alone, set image_size={fixed}"
+            )
+            raise ValueError(msg)
+
+
+class LayerPyramid(FeaturePyramid):
+    """Several layers of one backbone in one pass, as CFLOW-AD, FastFlow and MSFlow use it.
+
+    Args:
+        backbone: with layers from fine to coarse; they may have the same stride, as a transformer's do.
+
+    Shape:
+        images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``.
+
+    Raises:
+        ValueError: if a layer is finer than the one before it; on an image of a wrong size.
+    """
+
+    def __init__(self, backbone: FrozenLayers) -> None:
+        strides = backbone.layer_strides
+        if strides != sorted(strides):
+            msg = f"name the layers from fine to coarse: {backbone.layers} have strides {strides}"
+            raise ValueError(msg)
+        what = f"layer {backbone.layers[-1]!r} at stride {strides[-1]}"
+        super().__init__(backbone, backbone.layer_channels, strides, what)
+
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layers={self.backbone.layers}, final_norm={self.backbone.final_norm}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the layers' maps."""
+        self.check_size(images.shape[2], images.shape[3])
+        return self.backbone.maps(images)
+
+
+class ImagePyramid(FeaturePyramid):
+    """One layer of one backbone at several sizes of the image, as CS-Flow uses it.
+
+    The image is halved by nearest-neighbour sampling once per scale.
+
+    Args:
+        backbone: applied at every scale.
+        num_scales: 1 or more.
+
+    Shape:
+        images ``(N, 3, H, W)`` to maps ``(N, C, ceil(H / 2^s / stride), ceil(W / 2^s / stride))``.
+
+    Raises:
+        ValueError: on an image that is too small for the pyramid.
+    """
+
+    backbone: FrozenBackbone
+
+    def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
+        if num_scales < 1:
+            msg = f"num_scales must be 1 or more, got {num_scales}"
+            raise ValueError(msg)
+        if backbone.fixed_size is not None and num_scales > 1:
+            msg = f"this backbone takes images of {backbone.fixed_size} pixels alone: set num_scales=1"
+            raise ValueError(msg)
+        super().__init__(
+            backbone,
+            channels=[backbone.channels] * num_scales,
+            strides=[backbone.stride << s for s in range(num_scales)],
+            what=f"{num_scales} scales of layer {backbone.layer!r} at stride {backbone.stride}",
+        )
+        self.num_scales = num_scales
+        self.min_size = backbone.min_size * 2 ** (num_scales - 1)
+        self._check_halving()
+
+    @torch.no_grad()
+    def _check_halving(self) -> None:
+        """Raise ValueError unless half the image gives half the map, as it does where borders are padded."""
+        halved = [PROBE_SIZE >> scale for scale in range(self.num_scales)]
+        probes = [side for side in halved if side >= self.backbone.stride]
+        sides = [self.backbone(torch.zeros(1, 3, side, side)).shape[2] for side in probes]
+        for finer, coarser in pairwise(sides):
+            if coarser not in {finer // 2, (finer + 1) // 2}:
+                msg = (
+                    f"layer {self.backbone.layer!r} gives maps of {sides} cells for images of {probes} pixels, which "
+                    "do not halve: choose a backbone that pads its convolutions, or num_scales=1"
+                )
+                raise ValueError(msg)
+
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"layer={self.backbone.layer!r}, num_scales={self.num_scales}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the pyramid of feature maps."""
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        sizes = [(height >> s, width >> s) for s in range(self.num_scales)]
+        return tuple(
+            self.backbone(images if s == 0 else F.interpolate(images, sizes[s])) for s in range(self.num_scales)
+        )
+
+
+class PooledPyramid(ImagePyramid):
+    """The maps of an :class:`ImagePyramid`, averaged over their cells and joined to one vector, as DifferNet uses them.
+
+    Args:
+        backbone: applied at every scale.
+        num_scales: 1 or more.
+
+    Attributes:
+        num_features: of the vector: the channels of all scales.
+
+    Shape:
+        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest scale first.
+
+    Raises:
+        ValueError: on an image that is too small for the pyramid.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
+        super().__init__(backbone, num_scales)
+        self.num_features = sum(self.channels)
+
+    def _check_halving(self) -> None:
+        """Averages are of one cell, whatever the maps' sizes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the vector."""
+        return (torch.cat([level.mean((2, 3)) for level in super().forward(images)], dim=1),)

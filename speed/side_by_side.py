@@ -1,0 +1,75 @@
+"""What all comparisons share: medians, one thread setting for both sides, a table with its machine and commit."""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from anomalib_csflow.benchmark.results import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], Any], repeats: int = 7, warm_up: int = 2) -> float:
+    """Median time of a call, after some that do not count."""
+    for _ in range(warm_up):
+        function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def alternating(functions: dict[str, Callable[[], Any]], repeats: int = 7, warm_up: int = 2) -> dict[str, float]:
+    """Median time of each, taken in turns: what else the machine does then slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warm_up + repeats):
+        for name, function in functions.items():
+            elapsed = seconds(function, repeats=1, warm_up=0)
+            if turn >= warm_up:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row(what: str, ours: float, theirs: float, target: float | None, unit: str = "ms") -> dict[str, Any]:
+    """One line of a table: both sides and their ratio, beside the target if there is one."""
+    ratio = ours / theirs
+    return {
+        "what": what,
+        "ours": f"{ours:.4g} {unit}",
+        "theirs": f"{theirs:.4g} {unit}",
+        "ratio": f"{ratio:.3f}",
+        "target": "" if target is None else f"{target:.3f}",
+        "met": "" if target is None else "yes" if ratio <= target else "NO",
+    }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of every comparison."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
+    result.add_argument("--repeats", type=int, default=7)
+    return result
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    """Set the threads; keep the libraries' warnings out of the tables."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table, and write it with its machine, versions and commit."""
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{machine()}\n")
+    Console().print(table, machine(), sep="\n\n", soft_wrap=True)
