@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anomalib_csflow.flows import (
     ChannelStandardization,
+    ChannelWhitening,
     CrossConvolution,
     CrossScaleCoupling,
     FiberFlow,
@@ -60,6 +61,15 @@ def standardization(dims: Dims) -> ChannelStandardization:
     return layer
 
 
+def whitening(dims: Dims) -> ChannelWhitening:
+    """With correlated channels, so that its matrices are not diagonal."""
+    layer = ChannelWhitening(dims)
+    generator = torch.Generator().manual_seed(3)
+    independent = tuple(torch.randn(9, *shape, generator=generator) for shape in dims)
+    layer.fit([tuple(2 * level + level.roll(1, dims=1) + 1 for level in independent)])
+    return layer
+
+
 def chain(dims: Dims) -> PyramidFlow:
     """Two blocks, as CS-Flow has them."""
     return PyramidFlow(
@@ -93,6 +103,7 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "coupling, fusion": lambda dims: CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=1.9),
     "permutation": lambda dims: ScalePermutation(dims, seed=7),
     "standardization": standardization,
+    "whitening": whitening,
     "chain": chain,
     "parallel": parallel,
     "parallel, positions, rotations": lambda dims: parallel(dims, condition_channels=8, permute_soft=True),

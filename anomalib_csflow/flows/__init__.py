@@ -18,9 +18,11 @@ from .perceptron import Perceptron
 from .permutation import ScalePermutation
 from .pixel_flow import PixelFlow, ResidualConvolutions
 from .standardization import ChannelStandardization
+from .whitening import ChannelWhitening
 
 __all__ = [
     "ChannelStandardization",
+    "ChannelWhitening",
     "CrossConvolution",
     "CrossScaleCoupling",
     "FiberFlow",

@@ -47,3 +47,44 @@ class RunningStatistics:
     def variance(self) -> Tensor:
         """Mean squared deviation from the mean, ``(channels,)``."""
         return self._squares / self.count
+
+
+class RunningCovariance:
+    """Mean and covariance of the channels over batches, in float64 on the CPU.
+
+    Args:
+        channels: of all batches.
+
+    Attributes:
+        count: values of each channel so far.
+        mean: ``(channels,)``.
+
+    Example:
+        >>> seen = RunningCovariance(2)
+        >>> seen.update(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        >>> seen.update(torch.tensor([[2.0, 2.0]]))
+        >>> seen.count, seen.mean.tolist(), seen.covariance.round(decimals=3).tolist()
+        (3, [2.0, 2.0], [[0.667, 1.333], [1.333, 2.667]])
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self._products = torch.zeros(channels, channels, dtype=torch.float64)  # of deviations, summed
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """Add a batch ``(N, channels, ...)``, merged with those before as Chan et al. (1983) do."""
+        rows = values.movedim(1, -1).flatten(0, -2).float()
+        mean = rows.mean(0)
+        deviations = rows - mean
+        products = (deviations.T @ deviations).cpu().double()
+        delta, total = mean.cpu().double() - self.mean, self.count + len(rows)
+        self._products += products + torch.outer(delta, delta) * (self.count * len(rows) / total)
+        self.mean += delta * (len(rows) / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """Mean product of two channels' deviations from their means, ``(channels, channels)``."""
+        return self._products / self.count
