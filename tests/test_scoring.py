@@ -27,17 +27,34 @@ def test_bits_per_dim() -> None:
     assert scoring.bits_per_dim(torch.tensor([10 * math.log(2)]), 5).item() == pytest.approx(2)
 
 
-def test_map_of_the_finest_scale() -> None:
-    mapped = scoring.anomaly_map(LATENTS, (4, 6))
+def test_map_of_the_finest_level() -> None:
+    levels = scoring.mean_squares(LATENTS)
+    mapped = scoring.anomaly_map(levels, (4, 6))
     torch.testing.assert_close(mapped, LATENTS[0].square().mean(1, keepdim=True))
-    assert scoring.anomaly_map(LATENTS, (40, 61)).shape == (2, 1, 40, 61)
+    assert scoring.anomaly_map(levels, (40, 61)).shape == (2, 1, 40, 61)
 
 
-@pytest.mark.parametrize("mode", ["mean", "product"])
-def test_maps_that_fuse_scales(mode: str) -> None:
-    constant = (torch.full((1, 2, 4, 4), 2.0), torch.full((1, 2, 2, 2), 3.0))
-    expected = {"mean": (4 + 9) / 2, "product": 4 * 9}[mode]
-    torch.testing.assert_close(scoring.anomaly_map(constant, (8, 8), mode), torch.full((1, 1, 8, 8), float(expected)))
+SOFT = -2 * math.log((math.exp(-4 / 2) + math.exp(-9 / 2)) / 2)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("mean", (4 + 9) / 2), ("product", 36.0), ("soft_minimum", SOFT)])
+def test_maps_that_fuse_levels(mode: str, expected: float) -> None:
+    constant = (torch.full((1, 1, 4, 4), 4.0), torch.full((1, 1, 2, 2), 9.0))
+    torch.testing.assert_close(scoring.anomaly_map(constant, (8, 8), mode), torch.full((1, 1, 8, 8), expected))
+
+
+def test_soft_minimum_is_between_minimum_and_mean_and_never_overflows() -> None:
+    levels = torch.tensor([[1e30, 2.0, -5.0], [1e30, 8.0, 5.0]])
+    found = scoring.soft_minimum(levels)
+    assert (found >= levels.amin(0)).all() and (found <= levels.mean(0)).all()
+    torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e-3), levels.amin(0)[1:], atol=0.01, rtol=0)
+    torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e4), levels.mean(0)[1:], atol=0.01, rtol=0)
+
+
+def test_top_mean() -> None:
+    maps = torch.arange(200.0).reshape(2, 1, 10, 10)
+    torch.testing.assert_close(scoring.top_mean(maps, 0.03), torch.tensor([98.0, 198.0]))
+    torch.testing.assert_close(scoring.top_mean(maps, 0.0), torch.tensor([99.0, 199.0]))
 
 
 @pytest.mark.parametrize(("share", "cells"), [(0.0, 1), (0.01, 1), (0.25, 6), (1.0, 24)])
@@ -58,4 +75,4 @@ def test_share_of_cells(share: float) -> None:
 
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match="unknown map mode 'max': choose one of finest, mean, product"):
-        scoring.anomaly_map(LATENTS, (4, 4), "max")
+        scoring.anomaly_map(scoring.mean_squares(LATENTS), (4, 4), "max")

@@ -39,7 +39,7 @@ class CellFlowModel(FlowModel):
         """The energy of each cell, and its mean."""
         return InferenceBatch(
             pred_score=scoring.mean_energy(latents),
-            anomaly_map=scoring.anomaly_map(latents, size),
+            anomaly_map=scoring.anomaly_map(scoring.mean_squares(latents), size),
         )
 
 

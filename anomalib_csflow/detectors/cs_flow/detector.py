@@ -71,7 +71,7 @@ class CSFlowModel(FlowModel):
         """Mean energy over all scales (eq. 8); a map of the mean squared latents (section 3.4)."""
         return InferenceBatch(
             pred_score=scoring.mean_energy(latents),
-            anomaly_map=scoring.anomaly_map(latents, size, self.map_mode),
+            anomaly_map=scoring.anomaly_map(scoring.mean_squares(latents), size, self.map_mode),
         )
 
 
