@@ -165,7 +165,7 @@ def test_scores_are_relative_to_the_training(fit: Fit, datamodule: Folder, tmp_p
         assert (prediction.anomaly_map >= 0).all()
         torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
         # the published order: the sum over layers of densities relative to a maximum
-        densities = detector.model.log_densities(detector.model.features(images))
+        densities = detector.model.plausibilities(detector.model.features(images))
         pairs = zip(densities, detector.model.reference, strict=True)
         relative = [(level - highest).clamp(max=0).double().exp() for level, highest in pairs]
         assert (detector.model.unit == 1).all()
@@ -210,7 +210,7 @@ def test_energies_that_differ_beyond_float32s_exponents_are_ordered(far: float) 
     maps = [torch.full((2, 1, 8, 8), -far), torch.full((2, 1, 4, 4), -far)]
     for level in maps:
         level[1] -= 5
-    torch.testing.assert_close(detector.model.score(maps, (64, 64)).pred_score, torch.tensor([far, far + 5]))
+    torch.testing.assert_close(detector.model.compare(maps, (64, 64)).pred_score, torch.tensor([far, far + 5]))
 
 
 def test_far_cells_are_still_ordered() -> None:
@@ -219,9 +219,9 @@ def test_far_cells_are_still_ordered() -> None:
     maps = [torch.full((2, 1, 8, 8), -20.0), torch.full((2, 1, 4, 4), -20.0)]
     maps[0][1] -= 5
     maps[1][1] -= 5
-    scores = detector.model.score(maps, (64, 64)).pred_score
+    scores = detector.model.compare(maps, (64, 64)).pred_score
     torch.testing.assert_close(scores, torch.tensor([20.0, 25.0]))
-    assert torch.isfinite(detector.model.score([m - 1e4 for m in maps], (64, 64)).anomaly_map).all()
+    assert torch.isfinite(detector.model.compare([m - 1e4 for m in maps], (64, 64)).anomaly_map).all()
 
 
 @pytest.mark.parametrize(

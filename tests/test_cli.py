@@ -148,7 +148,7 @@ def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
     torch.save(create_backbone(name, "random").state_dict(), tmp_path / "random.pth")
     options = [f"--config={CONFIGS / config}", *arguments(changes, "model")]
     path = checkpoint(run("fit", *options, *QUICK))
-    assert torch.load(path, weights_only=True)["anomalib_csflow"]["structure"]["backbone"] == name
+    assert torch.load(path, weights_only=True)["anomalib_csflow"]["arguments"]["backbone"] == name
     run("test", *options, f"--ckpt_path={path}")
 
 

@@ -77,7 +77,7 @@ def test_views_in_training(differ_net: DifferNet) -> None:
     views = (images, torch.rot90(images, 2, (2, 3)))
     (features,) = fixed.features(ImageBatch(image=images))
     torch.testing.assert_close(features, torch.cat([fixed.model.features(view)[0] for view in views]))
-    assert fixed.cached_views == ("turned by 0 degrees", "turned by 180 degrees")
+    assert [view.name for view in fixed.fixed_views] == ["turned by 0 degrees", "turned by 180 degrees"]
 
 
 def test_only_fixed_views_are_cached(
@@ -176,7 +176,7 @@ def test_maps_without_a_scale_are_refused(datamodule: Folder, tmp_path: Path, im
     detector = DifferNet(**TINY | {"localize": True}, image_size=64)
     with pytest.raises(ValueError, match="no scale and no threshold: fit or validate it with localize=True"):
         engine.test(detector, datamodule=datamodule, ckpt_path=engine.best_model_path)
-    plain = DifferNet.load_from_checkpoint(engine.best_model_path, num_test_rotations=2)  # another test, the same model
+    plain = DifferNet.load_from_checkpoint(engine.best_model_path)
     (prediction, *_) = engine.predict(plain, data_path=image_folder / "test/blob")
     assert prediction.anomaly_map is None
     with pytest.raises(CheckpointError, match="trained with hidden_channels=16"):

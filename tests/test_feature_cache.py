@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchvision.transforms import v2
 
 from anomalib_csflow import CSFlow, FeatureCache
 from anomalib_csflow.engine.feature_cache import changing_transforms
+from anomalib_csflow.engine.providers import ComputedFeatures, View
 from anomalib_csflow.features.store import FeatureStore, default_directory, image_key
 
 PYRAMID = (torch.randn(6, 4, 5), torch.randn(6, 2, 3))
@@ -251,7 +253,8 @@ class Count(Callback):
         pl_module.model.features.register_forward_pre_hook(count)
     def on_train_end(self, trainer, pl_module):
         loss = float(trainer.callback_metrics["train_loss_epoch"])
-        print(f"process {trainer.global_rank}: {self.images} images, loss {loss}", flush=True)
+        mean = float(pl_module.model.standardization.mean_0.sum())
+        print(f"process {trainer.global_rank}: {self.images} images, loss {loss}, mean {mean}", flush=True)
 
 root, results, cache, max_gb, devices, num_workers = sys.argv[1:]
 data = Folder("textures", "train/good", root=root, normal_test_dir="test/good", val_split_mode="none",
@@ -269,8 +272,8 @@ Engine(default_root_dir=results, max_epochs=3, accelerator="cpu", devices=int(de
 
 def fit_in_a_process_of_its_own(
     root: Path, tmp_path: Path, *, max_gb: int = 1, devices: int = 1, num_workers: int = 0
-) -> list[tuple[int, float]]:
-    """Images through the backbone and the last loss, of each process: forking this one, with all it runs, may fail."""
+) -> list[tuple[int, float, float]]:
+    """Images, last loss and features' mean of each process: forking this one, with all it runs, may fail."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     options = [root, tmp_path, tmp_path / "cache", max_gb, devices, num_workers]
@@ -278,12 +281,13 @@ def fit_in_a_process_of_its_own(
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [(int(n), float(loss)) for n, loss in re.findall(r"process \d: (\d+) images, loss (\S+)", done.stdout)]
+    found = re.findall(r"process \d: (\d+) images, loss (\S+), mean (\S+)", done.stdout)
+    return [(int(count), float(loss), float(mean)) for count, loss, mean in found]
 
 
 def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
-    ((images, loss),) = fit_in_a_process_of_its_own(image_folder, tmp_path, num_workers=2)
-    ((images_off, loss_off),) = fit_in_a_process_of_its_own(image_folder, tmp_path, max_gb=0, num_workers=2)
+    ((images, loss, _),) = fit_in_a_process_of_its_own(image_folder, tmp_path, num_workers=2)
+    ((images_off, loss_off, _),) = fit_in_a_process_of_its_own(image_folder, tmp_path, max_gb=0, num_workers=2)
     assert (images, images_off) == (12, 48)
     assert loss == pytest.approx(loss_off, rel=1e-4)
 
@@ -291,8 +295,10 @@ def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
 def test_distributed_processes_share_the_work(image_folder: Path, tmp_path: Path) -> None:
     processes = fit_in_a_process_of_its_own(image_folder, tmp_path, devices=2)
     assert len(processes) == 2
-    assert 12 <= sum(images for images, _ in processes) <= 16  # and not 48; both may compute an image at once
+    assert 12 <= sum(images for images, _, _ in processes) <= 16  # and not 48; both may compute an image at once
     assert len(files(tmp_path / "cache")) == 12
+    ((_, _, mean),) = fit_in_a_process_of_its_own(image_folder, tmp_path)
+    assert [found for _, _, found in processes] == pytest.approx([mean, mean], rel=1e-5)  # of all images, not a share
 
 
 @pytest.mark.parametrize(
@@ -367,14 +373,12 @@ def test_each_fixed_transform_has_features_of_its_own(image_folder: Path, tmp_pa
         angles = (0, 90)
 
         def features(self, batch: Any) -> tuple[Tensor, ...]:
-            def compute(images: Tensor, angle: int) -> tuple[Tensor, ...]:
+            def turned(angle: int, images: Tensor) -> Tensor:
                 seen.extend([f"rotated by {angle}"] * len(images))
-                return self.model.features(images.rot90(angle // 90, (2, 3)))
+                return images.rot90(angle // 90, (2, 3))
 
-            views = [
-                self.feature_cache.features(batch, lambda x, a=angle: compute(x, a), self.trainer, f"turned {angle}")
-                for angle in self.angles
-            ]
+            shown = [View(f"turned {angle}", partial(turned, angle)) for angle in self.angles]
+            views = [self.provider.features(batch, view) for view in shown]
             return tuple(torch.cat(levels) for levels in zip(*views, strict=True))
 
     def run(angles: tuple[int, ...]) -> dict[str, int]:
@@ -402,7 +406,7 @@ def test_it_is_on_by_default_and_ends_with_the_fit(image_folder: Path, tmp_path:
     engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
     assert len([c for c in engine.trainer.callbacks if isinstance(c, FeatureCache)]) == 1
     assert len(files(default_directory())) >= 12
-    assert detector.feature_cache is None  # tests and predictions compute
+    assert isinstance(detector.provider, ComputedFeatures)  # tests and predictions compute
 
 
 @pytest.mark.parametrize("arguments", [{"max_gb": -1}, {"dtype": "int8"}], ids=str)

@@ -27,6 +27,7 @@ from anomalib_csflow.flows import (
     ResidualConvolutions,
     ScalePermutation,
 )
+from anomalib_csflow.flows.running_statistics import RunningStatistics
 
 Dims = list[tuple[int, ...]]
 
@@ -416,6 +417,23 @@ def test_conditions_are_counted() -> None:
         CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], [(1, 4, 4)])
     with pytest.raises(ValueError, match="expected 0 conditions, got 1"):
         CrossScaleCoupling([(4, 4, 4)], hidden_channels=2)([torch.zeros(1, 4, 4, 4)], [torch.zeros(1, 1, 4, 4)])
+
+
+def test_statistics_of_shares_are_those_of_the_whole() -> None:
+    """As several processes have them, one of them without any values."""
+    values = 3 * torch.randn(10, 4, 5, 5) + torch.arange(4.0).view(4, 1, 1)
+    whole, *shares = (RunningStatistics(4) for _ in range(4))
+    whole.update(values)
+    shares[0].update(values[:3])
+    shares[2].update(values[3:4])
+    shares[2].update(values[4:])
+    merged = RunningStatistics.merged(torch.stack([share.state for share in shares]))
+    assert merged.count == whole.count == 250
+    torch.testing.assert_close(merged.state, whole.state)
+    layers = ChannelStandardization([(4, 5, 5)]), ChannelStandardization([(4, 5, 5)])
+    layers[0].fit([(values,)])
+    layers[1].fit([(values[:3],)], gather=lambda state: torch.stack([state, shares[2].state]))
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
 
 
 def test_standardization_of_features() -> None:

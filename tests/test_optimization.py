@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from anomalib_csflow.engine import optimization
+from anomalib_csflow.engine.optimization import TrainingOptions
 
 
 def rates(schedule: str, steps: int) -> list[float]:
     """Learning rate of each step of a training."""
-    setup = optimization.adam([torch.nn.Parameter(torch.zeros(1))], {"lr": 2.0, "schedule": schedule}, lambda: steps)
+    setup = optimization.adam([torch.nn.Parameter(torch.zeros(1))], TrainingOptions(2.0, schedule), lambda: steps)
     optimizer = setup["optimizer"]
     found = []
     for step in range(steps):
@@ -37,9 +38,9 @@ def test_schedules() -> None:
 
 
 def test_schedules_are_stretched_on_resuming() -> None:
-    short, long = ({"lr": 2.0, "schedule": "warmup_cosine"} for _ in range(2))
-    first = optimization.adam([torch.nn.Parameter(torch.zeros(1))], short, lambda: 10)["lr_scheduler"]["scheduler"]
-    second = optimization.adam([torch.nn.Parameter(torch.zeros(1))], long, lambda: 20)["lr_scheduler"]["scheduler"]
+    options = TrainingOptions(2.0, "warmup_cosine")
+    first = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 10)["lr_scheduler"]["scheduler"]
+    second = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 20)["lr_scheduler"]["scheduler"]
     for scheduler in [first] * 10:
         scheduler.optimizer.step()
         scheduler.step()
@@ -50,15 +51,13 @@ def test_schedules_are_stretched_on_resuming() -> None:
 
 
 def test_arguments_reach_adam() -> None:
-    hparams = {"lr": 0.1, "schedule": "constant", "betas": [0.8, 0.8], "eps": 1e-4, "weight_decay": 1e-5}
-    (group,) = optimization.adam([torch.nn.Parameter(torch.zeros(1))], hparams, lambda: 1)["optimizer"].param_groups
+    options = TrainingOptions(0.1, "constant", betas=[0.8, 0.8], eps=1e-4, weight_decay=1e-5)
+    (group,) = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 1)["optimizer"].param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.8), 1e-4, 1e-5)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="schedule='one_cycle' needs the number of steps"):
-        optimization.adam(
-            [torch.nn.Parameter(torch.zeros(1))], {"lr": 1, "schedule": "one_cycle"}, lambda: float("inf")
-        )
+        optimization.adam([torch.nn.Parameter(torch.zeros(1))], TrainingOptions(1, "one_cycle"), lambda: float("inf"))
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, one_cycle"):
-        optimization.check_schedule("cosine")
+        TrainingOptions(1, "cosine")

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
 from anomalib_csflow.flows.all_in_one import Subnet
 
@@ -86,24 +86,26 @@ class FastFlowModel(FlowModel):
 class FastFlow(FlowDetector):
     """FastFlow in anomalib. The defaults are the paper's with Wide-ResNet-50-2; ``configs/`` has its others.
 
+    These are ``resnet18.tv_in1k``, ``deit_base_distilled_patch16_384.fb_in1k`` and ``cait_m48_448.fb_dist_in1k``. A
+    transformer's tokens pass its final norm, which makes ``standardize`` needless there. ``kernel_sizes`` are repeated
+    in turn: 3 and 1, but 3 alone with ResNet-18 in the paper, whose image score has a ``top_share`` of 0.
+
     Args:
-        backbone: a timm model with its tag, or ``torchvision/NAME``. Besides the default the paper has
-            ``resnet18.tv_in1k``, ``deit_base_distilled_patch16_384.fb_in1k`` and ``cait_m48_448.fb_dist_in1k``.
-        layers: whose maps are used, from fine to coarse. A transformer's tokens pass its final norm.
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        layers: of the backbone, whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
         num_steps: of each layer's flow: 8 with ResNets, 20 with transformers in the paper.
-        kernel_sizes: of the steps' convolutions, repeated in turn: 3 and 1, but 3 alone with ResNet-18 in the paper.
+        kernel_sizes: of the convolutions of each block or step; the paper's, if not given.
         hidden_ratio: hidden channels of a step's convolutions, as a share of their input's: 1 with ResNets,
             0.16 with transformers.
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features. A transformer's final norm
-            makes it needless there.
+            of the training features; the likelihood stays that of the features.
         top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
-            map's maximum, which is the paper's.
+            least likely alone.
         lr: Adam's learning rate.
         weight_decay: Adam's.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
@@ -111,7 +113,7 @@ class FastFlow(FlowDetector):
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image and pixel AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -126,6 +128,7 @@ class FastFlow(FlowDetector):
         (torch.Size([2]), torch.Size([2, 1, 64, 64]))
     """
 
+    output_arguments = ("layers", "num_steps", "kernel_sizes", "hidden_ratio", "clamp", "standardize", "top_share")
     model: FastFlowModel
 
     def __init__(
@@ -136,7 +139,7 @@ class FastFlow(FlowDetector):
         image_size: int | tuple[int, int] = 256,
         antialias: bool = True,
         num_steps: int = 8,
-        kernel_sizes: Sequence[int] = (3, 1),
+        kernel_sizes: Sequence[int] | None = (3, 1),
         hidden_ratio: float = 1.0,
         clamp: float = 2.0,
         standardize: bool = True,
@@ -151,20 +154,24 @@ class FastFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if kernel_sizes is None:
+            kernel_sizes = [3, 1]
         if num_steps < 1 or not kernel_sizes or min(kernel_sizes) < 1 or hidden_ratio <= 0:
             msg = (
                 "num_steps must be 1 or more, kernel_sizes one or more positive numbers and hidden_ratio positive: "
                 f"got {num_steps}, {list(kernel_sizes)} and {hidden_ratio}"
             )
             raise ValueError(msg)
-        check_schedule(schedule)
         scoring.check_top_share(top_share)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), layers, final_norm=True))
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize, top_share)
+
+        def build(network: nn.Module) -> FastFlowModel:
+            features = LayerPyramid(FrozenLayers(network, layers, final_norm=True))
+            return FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize, top_share)
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, weight_decay)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
+        self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load flows that were trained with gathierry/FastFlow or with anomalib's ``Fastflow`` on a transformer.

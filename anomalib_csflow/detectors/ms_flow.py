@@ -22,15 +22,15 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import (
     ChannelStandardization,
     CrossScaleCoupling,
@@ -124,27 +124,30 @@ class MSFlowModel(FlowModel):
 class MSFlow(FlowDetector):
     """MSFlow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
 
+    Each layer has twice the stride of the one before, and a number of blocks of its own. The published results have 512
+    pixels, and 256 for transistor; ``standardize`` is not in the paper.
+
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layers: whose maps are used, each with twice the stride of the one before.
+        layers: of the backbone, whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both. The published
-            results have 512, and 256 for transistor.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
-        num_blocks: of each layer's flow.
+        num_blocks: number of the flow's blocks, or of each layer's flow.
         condition_channels: of the positional encoding, a multiple of 4.
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features. Not in the paper.
-        top_share: share of the cells, those least likely, of which the image score is taken; 0 for one cell.
+            of the training features; the likelihood stays that of the features.
+        top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
+            least likely alone.
         lr: Adam's learning rate.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image and pixel AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -160,6 +163,7 @@ class MSFlow(FlowDetector):
         (torch.Size([2]), torch.Size([2, 1, 64, 64]))
     """
 
+    output_arguments = ("layers", "num_blocks", "condition_channels", "clamp", "standardize", "top_share")
     model: MSFlowModel
 
     def __init__(
@@ -186,11 +190,12 @@ class MSFlow(FlowDetector):
         if len(num_blocks) != len(layers):
             msg = f"give num_blocks of each layer: got {list(num_blocks)} for {list(layers)}"
             raise ValueError(msg)
-        check_schedule(schedule)
         scoring.check_top_share(top_share)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = HalvedLayers(FrozenLayers(create_backbone(backbone, weights), layers))
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = MSFlowModel(features, num_blocks, condition_channels, clamp, standardize, top_share)
+
+        def build(network: nn.Module) -> MSFlowModel:
+            features = HalvedLayers(FrozenLayers(network, layers))
+            return MSFlowModel(features, num_blocks, condition_channels, clamp, standardize, top_share)
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)

@@ -13,7 +13,6 @@ Differs from the published code:
 - any backbone, layer and image size.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 from anomalib.data import InferenceBatch
@@ -21,14 +20,14 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor
+from torch import nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, MaskedCoupling, Perceptron, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
 
@@ -54,14 +53,10 @@ class RealNVPModel(FlowModel):
         super().__init__(features, PyramidFlow(layers))
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
-        """From features to the image score, which is their likelihood and so takes the log-det too."""
-        latents, log_det = self.transform(features)
-        return self.score((scoring.nll(latents, log_det) / scoring.num_dims(latents),), size)
-
-    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """The negative log-likelihood in nats per feature, which stands for the latents here; no map."""
+        """From features to their negative log-likelihood in nats per feature, which takes the log-det too; no map."""
         del size
-        return InferenceBatch(pred_score=latents[0])
+        latents, log_det = self.transform(features)
+        return InferenceBatch(pred_score=scoring.nll(latents, log_det) / scoring.num_dims(latents))
 
 
 class RealNVP(FlowDetector):
@@ -71,27 +66,30 @@ class RealNVP(FlowDetector):
     the image's embedding, in nats per feature. There is no anomaly map, in the engine neither: the
     average over the image has no places.
 
+    The backbone is the paper's EfficientNet-B4, of which ``bn2`` is the last layer (1792 channels), and the number of
+    couplings, which transform the halves in turn, the published code's default. For embeddings it publishes neither the
+    perceptrons' widths nor the learning rate; ``standardize`` is not in the paper.
+
     Args:
-        backbone: a timm model with its tag, or ``torchvision/NAME``; the paper's is EfficientNet-B4.
-        layer: whose maps are averaged; of an EfficientNet ``bn2`` is the last (1792 channels).
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        layer: of the backbone, whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
-        num_blocks: number of couplings (the published code's default); they transform the halves in turn.
-        hidden_channels: width of the couplings' perceptrons (not published for embeddings).
-        num_hidden: hidden layers of the couplings' perceptrons (not published for embeddings).
-        standardize: put a fixed layer before the flow that standardizes each feature with statistics
-            of the training features; the likelihood stays that of the features. Not in the paper.
-        lr: Adam's learning rate (not published for embeddings).
+        num_blocks: number of the flow's blocks, or of each layer's flow.
+        hidden_channels: width of the couplings' networks.
+        num_hidden: hidden layers of the couplings' networks.
+        standardize: put a fixed layer before the flow that standardizes each channel with statistics
+            of the training features; the likelihood stays that of the features.
+        lr: Adam's learning rate.
         weight_decay: Adam's.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate: ``constant`` (the paper's) or another of
-            :data:`anomalib_csflow.engine.optimization.Schedule`.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -107,6 +105,7 @@ class RealNVP(FlowDetector):
         (torch.Size([2]), None)
     """
 
+    output_arguments = ("layer", "num_blocks", "hidden_channels", "num_hidden", "standardize")
     model: RealNVPModel
 
     def __init__(
@@ -122,7 +121,7 @@ class RealNVP(FlowDetector):
         standardize: bool = False,
         lr: float = 1e-4,
         weight_decay: float = 5e-5,
-        gradient_clip_norm: float = 100.0,
+        gradient_clip_norm: float | None = 100.0,
         schedule: Schedule = "constant",
         max_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -133,10 +132,11 @@ class RealNVP(FlowDetector):
         if num_blocks < 2:
             msg = f"num_blocks must be 2 or more, since each coupling transforms one half: got {num_blocks}"
             raise ValueError(msg)
-        check_schedule(schedule)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = PooledPyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales=1)
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = RealNVPModel(features, num_blocks, hidden_channels, num_hidden, standardize)
+
+        def build(network: nn.Module) -> RealNVPModel:
+            features = PooledPyramid(FrozenBackbone(network, layer), num_scales=1)
+            return RealNVPModel(features, num_blocks, hidden_channels, num_hidden, standardize)
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, weight_decay)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)

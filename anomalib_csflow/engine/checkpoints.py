@@ -1,44 +1,55 @@
 """Checkpoints without the frozen backbone, that say whose they are before anything is built."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
-from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
+from lightning.pytorch import LightningModule
 from typing_extensions import Self
 
 from anomalib_csflow.features import weights
 
+from .images import ImageOptions
 from .model import FlowModel
 
 CHECKPOINT_KEY = "anomalib_csflow"
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
-STRUCTURE = (
-    *("backbone", "layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "standardize"),
-    *("condition_channels", "permute_soft", "num_steps", "hidden_ratio", "num_hidden"),
-)
-"""Arguments that say what tensors there are: a checkpoint's and the detector's must be the same."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not belong to the detector that should load it."""
 
 
-class LeanCheckpoints(AnomalibModule):
+class LeanCheckpoints(LightningModule):
     """What a detector's checkpoint holds: the flow, the thresholds, and whose they are.
 
     The frozen backbone is left out where its weights can be had again: a digest tells whether they are
     the same. So are the evaluator's tensors: metrics with buffers would else fail to load.
 
     Attributes:
+        output_arguments: the detector's own arguments that change what it gives for an image. They must be the
+            checkpoint's, as must the backbone, its weights and :class:`~.images.ImageOptions`' others.
+        free_arguments: its own that may differ. So may all of :class:`~.optimization.TrainingOptions`.
         keep_backbone: whether checkpoints hold the backbone, since no source of weights has it.
     """
 
+    output_arguments: ClassVar[tuple[str, ...]]
+    free_arguments: ClassVar[tuple[str, ...]] = ()
     model: FlowModel
-    keep_backbone: bool = False
+    image_options: ImageOptions
+    keep_backbone: bool
+    checkpoint_safe_globals: ClassVar[Callable[[], list[Any]]]  # AnomalibModule's
+
+    @property
+    def output_values(self) -> dict[str, object]:
+        """Values of all arguments that change what the detector gives for an image, by name."""
+        images = self.image_options
+        values = {"backbone": images.backbone, "image_size": images.size, "antialias": images.antialias}
+        values |= {name: self.hparams[name] for name in self.output_arguments if name in self.hparams}
+        return {name: _plain(value) for name, value in values.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what can be had again: the frozen backbone, and the metrics' states."""
@@ -53,36 +64,41 @@ class LeanCheckpoints(AnomalibModule):
         checkpoint[CHECKPOINT_KEY] = {
             "detector": type(self).__name__,
             "backbone": weights.fingerprint(self.model.features.backbone),
-            "structure": {name: self.hparams[name] for name in STRUCTURE if name in self.hparams},
+            "arguments": self.output_values,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is this detector's, and put back what was left out."""
         self._check_checkpoint(checkpoint)
-        self._check_structure(checkpoint)
+        self._check_arguments(checkpoint[CHECKPOINT_KEY])
         state = checkpoint["state_dict"]
         self.keep_backbone = any(key.startswith(BACKBONE) for key in state)
         if not self.keep_backbone and checkpoint[CHECKPOINT_KEY]["backbone"] != weights.fingerprint(
             self.model.features.backbone
         ):
             msg = (
-                f"the checkpoint was trained on other weights of the backbone {self.hparams['backbone']!r} than those "
-                f"loaded (weights={self.hparams['weights']!r}): pass the weights= that it was trained with"
+                f"the checkpoint was trained on other weights of the backbone {self.image_options.backbone!r} than "
+                f"those loaded (weights={self.image_options.weights!r}): pass the weights= that it was trained with"
             )
             raise CheckpointError(msg)
         super().on_load_checkpoint(checkpoint)
         left_out = (EVALUATOR,) if self.keep_backbone else (EVALUATOR, BACKBONE)
         state.update({key: value for key, value in self.state_dict().items() if key.startswith(left_out)})
 
-    def _check_structure(self, checkpoint: dict[str, Any]) -> None:
-        """Raise CheckpointError if the checkpoint's tensors are of another backbone, layer or flow."""
+    def _check_arguments(self, written: dict[str, Any]) -> None:
+        """Raise CheckpointError if the checkpoint's detector would give other scores or maps."""
         # not the checkpoint's hyperparameters: Lightning puts the caller's arguments over them before it asks us
-        for name, theirs in checkpoint[CHECKPOINT_KEY]["structure"].items():
-            ours = self.hparams.get(name)
-            if theirs is None or ours is None:  # default kernel sizes, which num_blocks settles
-                continue
-            if list(theirs) != list(ours) if isinstance(theirs, Sequence) else theirs != ours:
-                msg = f"the checkpoint was trained with {name}={theirs!r}, this detector has {ours!r}: build it alike"
+        theirs = written.get("arguments") or {
+            name: _plain(value)
+            for name, value in written["structure"].items()  # as older ones have it, whose None stood for a default
+            if value is not None
+        }
+        for name, ours in self.output_values.items():
+            if name in theirs and theirs[name] != ours:
+                msg = (
+                    f"the checkpoint was trained with {name}={theirs[name]!r}, this detector has {ours!r}: "
+                    "build it alike"
+                )
                 raise CheckpointError(msg)
 
     @classmethod
@@ -106,7 +122,7 @@ class LeanCheckpoints(AnomalibModule):
             )
             raise CheckpointError(msg) from error
         cls._check_checkpoint(checkpoint, path)
-        return cast("Self", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @classmethod
     def _check_checkpoint(cls, checkpoint: dict[str, Any], path: Path | None = None) -> None:
@@ -116,3 +132,8 @@ class LeanCheckpoints(AnomalibModule):
             what = f"a checkpoint of {writer}" if writer else "not a checkpoint of this package"
             msg = f"{path or 'the file'} is {what}: {cls.__name__} cannot load it"
             raise CheckpointError(msg)
+
+
+def _plain(value: object) -> object:
+    """A value as it is compared: checkpoints have lists where a constructor may be given tuples."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

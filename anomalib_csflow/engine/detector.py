@@ -1,12 +1,13 @@
 """The main path that all detectors share: images, features, latents, score. Read this first."""
 
+import inspect
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -16,61 +17,81 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torch import Tensor, nn
 
 from anomalib_csflow import scoring
-from anomalib_csflow.features import weights
+from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows.pyramid import Pyramid
 
 from . import optimization
 from .checkpoints import LeanCheckpoints
 from .exports import FlowExports
 from .feature_cache import FeatureCache
-from .images import check_images, image_files
+from .images import ImageOptions, check_images, image_files
 from .model import FlowModel
+from .optimization import TrainingOptions
 from .precision import bfloat16
+from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged: the loss or its gradient is NaN or infinite."""
 
 
-class FlowDetector(LeanCheckpoints, FlowExports, ABC):
+class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
     """What every detector of this package does in anomalib's engine.
 
     It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
     (direct subclasses only) never finds a detector of ours in place of one of its own.
 
-    A subclass passes its arguments up, then sets ``self.model`` to a
-    :class:`~anomalib_csflow.engine.model.FlowModel`. It must have init arguments ``backbone``, ``image_size``
-    and ``antialias``: anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made
-    from them.
+    Args:
+        build: makes the network around a backbone; called once.
+        image_options: what the backbone is, and what it sees of an image.
+        training_options: how the flow is trained.
+        pre_processor: or True for one made from the image options.
+        post_processor: or True for anomalib's.
+        evaluator: or True for anomalib's metrics.
+        visualizer: or True for anomalib's.
+
+    Attributes:
+        output_arguments: names of a subclass's own arguments that must be those of a checkpoint that it loads.
+        free_arguments: names of its own that may differ. Each of its arguments is in one of the two, a field of the
+            options, or a component.
     """
 
     model: FlowModel
-    feature_cache: FeatureCache | None = None  # while one is in use
-
-    @property
-    def cached_views(self) -> tuple[str, ...]:
-        """Names of the fixed views of an image whose features training needs; none if it sees others in every step."""
-        return ("",)
 
     def __init__(
         self,
+        build: Callable[[nn.Module], FlowModel],
+        image_options: ImageOptions,
+        training_options: TrainingOptions,
         pre_processor: PreProcessor | bool,
         post_processor: PostProcessor | bool,
         evaluator: Evaluator | bool,
         visualizer: Visualizer | bool,
     ) -> None:
+        self.image_options = image_options  # first, since the pre-processor is made from it
+        self.training_options = training_options
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.keep_backbone = image_options.weights == "random"  # which can be had nowhere again
+        self.model = build(create_backbone(image_options.backbone, image_options.weights))
+        if self.input_size is not None:
+            self.model.features.check_size(*self.input_size)
+
+    def save_hyperparameters(self, *args: Any, ignore: Sequence[str] | str | None = None, **kwargs: Any) -> None:
+        """Save the arguments that a detector is given, and not what it makes of them for this class."""
+        ignored = [ignore] if isinstance(ignore, str) else [*(ignore or ())]
+        frame = inspect.currentframe()  # the host looks for arguments in its caller's
+        kwargs.setdefault("frame", frame and frame.f_back)
+        super().save_hyperparameters(*args, ignore=[*ignored, "build", "image_options", "training_options"], **kwargs)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the flow's parameters, with the detector's schedule."""
         is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
         return optimization.adam(
             self.model.flow.parameters(),
-            self.hparams,
+            self.training_options,
             lambda: self.trainer.estimated_stepping_batches,
             fused=not is_mixed,
         )
@@ -86,7 +107,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         """One step of maximum likelihood."""
         del batch_idx
         features = self.features(batch)
-        with bfloat16(features[0].device, wanted=self.hparams.get("bfloat16", False)):
+        with bfloat16(features[0].device, wanted=self.training_options.bfloat16):
             loss = self.loss(features)
         return self.checked(loss, batch)
 
@@ -100,21 +121,29 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         return loss
 
     def features(self, batch: Batch[Any]) -> Pyramid:
-        """Features of a batch's images, which are pre-processed already: while fitting, from the cache."""
-        if self.feature_cache is None:
-            return self.model.features(batch.image)
-        return self.feature_cache.features(batch, self.model.features, self.trainer)
+        """Features of a training batch's images, which are pre-processed already."""
+        return self.provider.features(batch)
 
     def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
         latents, log_det = self.model.transform(features)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
 
-    def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
-        """Score a batch; anomalib's post-processor takes thresholds from it."""
-        del batch_idx
+    def evaluate(self, batch: Batch[Any]) -> InferenceBatch:
+        """Score a batch's images, in validation, test and prediction alike: what a method overrides to do it otherwise.
+
+        Returns:
+            Image scores ``(N,)``, and maps ``(N, 1, H, W)`` or none.
+        """
         height, width = cast("Tensor", batch.image).shape[-2:]
-        return batch.update(**self.model.judge(self.features(batch), (height, width))._asdict())
+        return self.model.judge(self.provider.features(batch), (height, width))
+
+    def validation_step(self, batch: Batch[Any], batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch, of which anomalib's post-processor takes thresholds; the steps of test and prediction too."""
+        del batch_idx, args, kwargs
+        return batch.update(**self.evaluate(batch)._asdict())
+
+    test_step = predict_step = validation_step
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
         """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
@@ -144,7 +173,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         The sanity steps, which would take thresholds from an untrained flow; and the number of epochs
         where it was given to the detector.
         """
-        max_epochs = self.hparams.get("max_epochs")
+        max_epochs = self.training_options.max_epochs
         return {"num_sanity_val_steps": 0} | ({} if max_epochs is None else {"max_epochs": max_epochs})
 
     # -- components -------------------------------------------------------------------------------
@@ -153,14 +182,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         self, image_size: tuple[int, int] | None = None
     ) -> PreProcessor:
         """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
-        weights.check_backbone(self.hparams["backbone"])
-        size = image_size or self.hparams["image_size"]
-        size = [size, size] if isinstance(size, int) else list(size)
-        if min(size) < 1:
-            msg = f"image_size must be positive, got {size}"
-            raise ValueError(msg)
-        mean, std = weights.normalization(self.hparams["backbone"])
-        return PreProcessor(Compose([Resize(size, antialias=self.hparams["antialias"]), Normalize(mean, std)]))
+        return self.image_options.pre_processor(image_size)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -177,19 +199,39 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's components, and a feature cache unless the trainer has one already."""
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        is_given = any(isinstance(callback, FeatureCache) for callback in getattr(self._trainer, "callbacks", ()))
-        return callbacks if is_given else [*callbacks, FeatureCache()]
+        return callbacks if self.feature_cache else [*callbacks, FeatureCache()]
+
+    # -- features ---------------------------------------------------------------------------------
+
+    @property
+    def fixed_views(self) -> tuple[View, ...]:
+        """All that training sees of an image, where that is always the same; else none, and nothing can be kept."""
+        return (PLAIN,)
+
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """The trainer's, if it has one."""
+        callbacks = getattr(self._trainer, "callbacks", ())
+        return next((callback for callback in callbacks if isinstance(callback, FeatureCache)), None)
+
+    @property
+    def provider(self) -> FeatureProvider:
+        """The trainer's feature cache while it is open, else the backbone."""
+        cache = self.feature_cache
+        return cache.opened if cache and cache.opened else ComputedFeatures(self.model.features)
 
     # -- training ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the images of a stage before any long work."""
+        """Open the feature cache for a fit, and check the images of a stage before any long work."""
+        if stage == "fit" and self.feature_cache:
+            self.feature_cache.open(self.trainer, self.model.features, self.image_options.backbone, self.fixed_views)
         datamodule = getattr(self.trainer, "datamodule", None)
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         if self.trainer.is_global_zero:
+            provider = self.provider
             files = [file for name in names for file in image_files(getattr(datamodule, name, None))]
-            cache = self.feature_cache
-            check_images([file for file in files if cache is None or not cache.holds(file)])
+            check_images([file for file in files if not provider.holds(file)])
 
     def on_predict_start(self) -> None:
         """Check the images to predict."""
@@ -204,10 +246,8 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
         if layer is None or layer.is_fitted:
             return
         rank_zero_info("Measuring the statistics of the training images' features, once, before the first epoch.")
-        layer.fit(self._training_features())
-        if self.trainer.world_size > 1:  # every process saw its own share of the data: take the first's
-            for buffer in layer.buffers():
-                buffer.copy_(self.trainer.strategy.broadcast(buffer))
+        # each process sees its own share of the images
+        layer.fit(self._training_features(), gather=self.all_gather if self.trainer.world_size > 1 else None)
 
     def _training_features(self) -> Iterator[Pyramid]:
         """Features of each training batch, as the training steps will see them."""
@@ -229,7 +269,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, ABC):
             if not torch.isfinite(norm):
                 self._stop("the gradient", norm)
         if gradient_clip_val is None:
-            gradient_clip_val = self.hparams.get("gradient_clip_norm")
+            gradient_clip_val = self.training_options.gradient_clip_norm
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _stop(self, what: str, value: Tensor) -> NoReturn:

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
@@ -18,7 +19,7 @@ CALIBRATION_IMAGES = 300
 """Images that measure the ranges of activations for 8-bit models: what NNCF takes at most by default."""
 
 
-class FlowExports(AnomalibModule):
+class FlowExports(ExportMixin, LightningModule):
     """Exports of detectors: frozen torch modules, ONNX, OpenVINO and its 8-bit models."""
 
     def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's

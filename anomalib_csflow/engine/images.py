@@ -1,15 +1,58 @@
-"""Checks of the images on disk, before any long work begins."""
+"""What the network sees of images, and checks of those on disk, before any long work begins."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from rich.progress import track
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_csflow.features import weights
 
 MANY = 500  # files whose check takes seconds, and so shows its progress
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # what anomalib's reader clips at 255
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Those of a detector's arguments that say what its backbone is, and what that sees of an image.
+
+    anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made from them.
+
+    Args:
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        weights: the backbone's, see :func:`~anomalib_csflow.features.weights.create_backbone`.
+        image_size: height and width in pixels to which images are resized, or one number for both.
+        antialias: of the resizing.
+    """
+
+    backbone: str
+    weights: str
+    image_size: int | tuple[int, int]
+    antialias: bool
+
+    @property
+    def size(self) -> list[int]:
+        """Height and width in pixels."""
+        return [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
+
+    def pre_processor(self, size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``size``, else to their own, and normalize with the statistics of the backbone's training.
+
+        Raises:
+            ValueError: on an unknown backbone, or a size that is not positive.
+        """
+        weights.check_backbone(self.backbone)
+        pixels = list(size or self.size)
+        if min(pixels) < 1:
+            msg = f"image_size must be positive, got {pixels}"
+            raise ValueError(msg)
+        mean, std = weights.normalization(self.backbone)
+        return PreProcessor(Compose([Resize(pixels, antialias=self.antialias), Normalize(mean, std)]))
 
 
 class UnreadableImageError(OSError):

@@ -1,6 +1,6 @@
 """The network that all detectors share: a frozen backbone, an invertible flow, a score."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
 
 from anomalib.data import InferenceBatch
@@ -19,7 +19,8 @@ class FlowModel(nn.Module, ABC):
         features: images to a pyramid of features.
         flow: features to latents.
 
-    A method that sees an image in several views overrides :meth:`views` and :meth:`per_image`.
+    A method's score of the latents is its :meth:`score`; if it needs more than these, it overrides :meth:`judge`.
+    One that sees an image in several views overrides :meth:`views` and :meth:`per_image`.
 
     Shape:
         images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
@@ -60,9 +61,9 @@ class FlowModel(nn.Module, ABC):
         """Exact negative log-likelihood of each image's features in nats, ``(N,)``; the mean over its views."""
         return self.per_image(scoring.nll(*self.latents(images)))
 
-    @abstractmethod
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """From latents to the image score and the map of this size."""
+        """From latents to the image score ``(N,)`` and the map ``(N, 1, H, W)`` of this size, or none."""
+        raise NotImplementedError
 
     @property
     def standardization(self) -> ChannelStandardization | None:

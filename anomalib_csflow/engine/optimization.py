@@ -1,7 +1,8 @@
 """Adam and the schedules of its learning rate, which the detectors choose by name."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,15 +25,27 @@ WARMUP_START = 0.1
 """Share of the learning rate at which a warm-up begins, CFLOW-AD's and MSFlow's."""
 
 
-def check_schedule(name: str) -> None:
-    """Check the name of a schedule.
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Those of a detector's arguments that say how its flow is trained; a checkpoint's may be others.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is no schedule of that name.
     """
-    if name not in SCHEDULES:
-        msg = f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}"
-        raise ValueError(msg)
+
+    lr: float
+    schedule: Schedule
+    max_epochs: int | None = None
+    gradient_clip_norm: float | None = None
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
+            raise ValueError(msg)
 
 
 def warmup_cosine(progress: float) -> float:
@@ -74,17 +87,16 @@ def _warmup(progress: float, length: float) -> float:
 
 def adam(
     parameters: Iterable[nn.Parameter],
-    hparams: Mapping[str, Any],
+    options: TrainingOptions,
     num_steps: Callable[[], float],
     *,
     fused: bool = True,
 ) -> OptimizerLRScheduler:
-    """Adam with a schedule, from a detector's arguments.
+    """Adam with a schedule.
 
     Args:
         parameters: to optimize.
-        hparams: with ``lr`` and ``schedule``, and ``betas``, ``eps`` and ``weight_decay`` where the
-            detector has them.
+        options: of Adam and of the schedule.
         num_steps: gives the training's number of steps, for the schedules that are laid out over them.
         fused: step through all of a parameter at once: a quarter of the time on a CPU. Lightning's mixed precision
             refuses to clip gradients with it.
@@ -97,13 +109,13 @@ def adam(
     """
     optimizer = torch.optim.Adam(
         parameters,
-        lr=hparams["lr"],
-        betas=tuple(hparams.get("betas", (0.9, 0.999))),
-        eps=hparams.get("eps", 1e-8),
-        weight_decay=hparams.get("weight_decay", 0.0),
+        lr=options.lr,
+        betas=(options.betas[0], options.betas[1]),  # a list in YAML
+        eps=options.eps,
+        weight_decay=options.weight_decay,
         fused=fused,
     )
-    name = hparams["schedule"]
+    name = options.schedule
     if name == "constant":
         return {"optimizer": optimizer}
     steps = num_steps()
@@ -112,7 +124,7 @@ def adam(
         raise ValueError(msg)
     schedule: LRScheduler
     if name == "one_cycle":
-        schedule = OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=int(steps))
+        schedule = OneCycleLR(optimizer, max_lr=options.lr, total_steps=int(steps))
     else:
         factor = {"warmup_cosine": warmup_cosine, "warmup_steps": warmup_steps}[name]
         schedule = LambdaLR(optimizer, lambda step: factor(step / steps))

@@ -1,5 +1,7 @@
 """Statistics of what comes in batches."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -31,17 +33,38 @@ class RunningStatistics:
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Add a batch ``(N, channels, ...)``, merged with those before as Chan et al. (1983) do."""
+        """Add a batch ``(N, channels, ...)``."""
         others = [dim for dim in range(values.ndim) if dim != 1]
         variance, mean = torch.var_mean(values.float(), others, correction=0)
-        highest = values.amax(others)
-        variance, mean, highest = (value.cpu().double() for value in (variance, mean, highest))
-        n = values.numel() // values.shape[1]
+        mean, variance, highest = (row.cpu().double() for row in (mean, variance, values.amax(others)))
+        self.merge(torch.stack([torch.full_like(mean, values.numel() // values.shape[1]), mean, variance, highest]))
+
+    @property
+    def state(self) -> Tensor:
+        """What there is to know of the values so far: count, mean, variance and maximum of each, ``(4, channels)``."""
+        count = torch.full_like(self.mean, self.count)
+        return torch.stack([count, self.mean, self._squares / count.clamp(min=1), self.highest])
+
+    def merge(self, state: Tensor) -> None:
+        """Add the :attr:`state` of other values, ``(4, channels)``, as Chan et al. (1983) do."""
+        counts, mean, variance, highest = state.cpu()
+        n = int(counts[0])
+        if n == 0:
+            return
         delta, total = mean - self.mean, self.count + n
         self._squares += n * variance + delta.square() * (self.count * n / total)
         self.mean += delta * (n / total)
         self.highest = torch.maximum(self.highest, highest)
         self.count = total
+
+    @classmethod
+    def merged(cls, states: Iterable[Tensor]) -> "RunningStatistics":
+        """Statistics of all values of which there are states, ``(4, channels)`` each."""
+        first, *others = states
+        whole = cls(first.shape[1])
+        for state in (first, *others):
+            whole.merge(state)
+        return whole
 
     @property
     def variance(self) -> Tensor:

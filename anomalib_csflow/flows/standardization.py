@@ -1,7 +1,7 @@
 """A fixed affine layer that standardizes each channel with statistics of the training features."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from FrEIA.modules import InvertibleModule
@@ -44,13 +44,19 @@ class ChannelStandardization(InvertibleModule):
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def fit(self, pyramids: Iterable[Pyramid], floor: float = 1e-3) -> None:
+    def fit(
+        self,
+        pyramids: Iterable[Pyramid],
+        floor: float = 1e-3,
+        gather: Callable[[Tensor], Iterable[Tensor]] | None = None,
+    ) -> None:
         """Measure mean and standard deviation of each channel over all samples and positions.
 
         Args:
             pyramids: batches of pyramids of training features.
             floor: least standard deviation, as a share of the scale's root mean square over channels,
                 so that a channel that never moves is not blown up.
+            gather: a tensor of this process to those of all, where several have a share of the features each.
 
         Raises:
             ValueError: if there are no pyramids.
@@ -61,6 +67,8 @@ class ChannelStandardization(InvertibleModule):
                 seen, check_pyramid(pyramid, self.channels, self.ndim, halved=False), strict=True
             ):
                 statistics.update(level)
+        if gather is not None:
+            seen = [RunningStatistics.merged(gather(statistics.state)) for statistics in seen]
         if not all(statistics.count for statistics in seen):
             msg = "there are no features to measure: the training set is empty"
             raise ValueError(msg)

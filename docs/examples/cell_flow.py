@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
 
 
@@ -46,6 +46,7 @@ class CellFlowModel(FlowModel):
 class CellFlow(FlowDetector):
     """CellFlow in anomalib."""
 
+    output_arguments = ("layer", "num_blocks")
     model: CellFlowModel
 
     def __init__(
@@ -64,12 +65,11 @@ class CellFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # whatever can be wrong is said before the backbone is built
-        check_schedule(schedule)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        # random weights can be had nowhere again: they must be in the checkpoint
-        self.keep_backbone = weights == "random"
-        features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), [layer]))
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = CellFlowModel(features, num_blocks)
+        # whatever else can be wrong is said here, before the backbone is built
+
+        def build(network: nn.Module) -> CellFlowModel:
+            return CellFlowModel(LayerPyramid(FrozenLayers(network, [layer])), num_blocks)
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)

@@ -26,14 +26,14 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.images import ImageOptions
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows.pyramid import Pyramid
 from anomalib_csflow.flows.running_statistics import RunningStatistics
 
@@ -45,28 +45,28 @@ class CFlow(FlowDetector):
 
     A training batch of images gives many optimizer steps: one for each ``fibers_per_step`` cells of each layer,
     in random order, and what is left over is passed over. The trainer counts and logs batches, and its
-    gradient clipping holds for each step.
+    gradient clipping holds for each step. The published results have image sizes of their own per category, from
+    128 to 512; ``standardize`` is not in the paper; the image score is the paper's with a ``top_share`` of 0.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layers: whose maps are used, from fine to coarse.
+        layers: of the backbone, whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both. The published
-            results have sizes of their own per category, from 128 to 512.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
-        num_blocks: of each layer's decoder.
+        num_blocks: number of the flow's blocks, or of each layer's flow.
         condition_channels: of the positional encoding, a multiple of 4.
         clamp: bound of the log-scales.
         permute_soft: rotate features by random matrices between blocks (the paper's), or permute them.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features. Not in the paper.
+            of the training features; the likelihood stays that of the features.
         score_by: ``density`` judges cells by their log-density, the log-det included, relative to the training's
             highest (the paper's); ``energy`` by their latents alone, as FastFlow and MSFlow do, in standard
             deviations of the training cells': a density also falls where good cells vary much, and the highest
             density weighs the layers by chance.
         top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
-            map's maximum, which is the paper's.
+            least likely alone.
         fibers_per_step: cells per optimizer step.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
@@ -74,7 +74,7 @@ class CFlow(FlowDetector):
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image and pixel AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -89,6 +89,11 @@ class CFlow(FlowDetector):
         (torch.Size([2]), torch.Size([2, 1, 64, 64]))
     """
 
+    output_arguments = (
+        *("layers", "num_blocks", "condition_channels", "clamp", "permute_soft", "standardize"),
+        *("score_by", "top_share"),
+    )
+    free_arguments = ("fibers_per_step",)
     model: CFlowModel
 
     def __init__(
@@ -121,37 +126,38 @@ class CFlow(FlowDetector):
         if score_by not in SCORES_BY:
             msg = f"unknown score_by {score_by!r}: choose one of {', '.join(SCORES_BY)}"
             raise ValueError(msg)
-        check_schedule(schedule)
         scoring.check_top_share(top_share)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = LayerPyramid(FrozenLayers(create_backbone(backbone, weights), layers))
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = CFlowModel(
-            features, num_blocks, condition_channels, clamp, permute_soft, standardize, score_by, top_share
-        )
+
+        def build(network: nn.Module) -> CFlowModel:
+            features = LayerPyramid(FrozenLayers(network, layers))
+            return CFlowModel(
+                features, num_blocks, condition_channels, clamp, permute_soft, standardize, score_by, top_share
+            )
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
+        self.fibers_per_step = fibers_per_step
         self._pending: list[tuple[int, Tensor, Tensor]] = []
         self._seen = self._nothing_seen()
 
-    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # see the base
-        """Mean over all cells of ``-log sigmoid(log p / C)``, as :meth:`training_step` takes it of some."""
-        return torch.cat([-F.logsigmoid(level).flatten() for level in self.model.log_densities(features)]).mean()
-
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
-        """One step on a batch of fibers: the next of those that wait, or the first of new images."""
+        """One step on a batch of fibers: the next of those that wait, or the first of new images.
+
+        The loss is their mean of ``-log sigmoid(log p / C)``.
+        """
         del batch_idx
         if not self._pending:
             self._pending = self._fiber_batches(self.features(batch))
         level, fibers, conditions = self._pending.pop()
         latents, log_det = self.model.fiber_flow.decode(level, fibers, conditions)
         log_density = self.model.log_density(latents, log_det)
-        self._seen[level].update(self.model.likelihood(latents.detach(), log_det.detach())[:, None])
+        self._seen[level].update(self.model.plausibility(latents.detach(), log_det.detach())[:, None])
         return self.checked(-F.logsigmoid(log_density).mean(), batch)
 
     def _fiber_batches(self, features: Pyramid) -> list[tuple[int, Tensor, Tensor]]:
         """Fibers of all images in random order: level, fibers and conditions of each step."""
-        flow, count = self.model.fiber_flow, self.hparams["fibers_per_step"]
+        flow, count = self.model.fiber_flow, self.fibers_per_step
         batches = []
         for index, level in enumerate(self.model.decoder_inputs(features)):
             fibers, conditions = flow.fibers(level)

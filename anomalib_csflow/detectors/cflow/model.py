@@ -1,6 +1,6 @@
 """The network of CFLOW-AD, and its absolute scores; see :mod:`anomalib_csflow.detectors.cflow`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -73,26 +73,23 @@ class CFlowModel(FlowModel):
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
         """From features to the image score and the map of this size."""
-        return self.score(self._of_cells(features, self.likelihood), size)
+        return self.compare(self.plausibilities(features), size)
 
     def decoder_inputs(self, features: Pyramid) -> Pyramid:
         """The features, standardized if the flow begins so."""
         return features if self.standardization is None else self.standardization(features, jac=False)[0]
 
-    def log_densities(self, features: Pyramid) -> Pyramid:
-        """Log-density of each cell of the decoders' inputs, in nats per channel: maps ``(N, 1, H_i, W_i)``."""
-        return self._of_cells(features, self.log_density)
-
-    def _of_cells(self, features: Pyramid, judged: Callable[[Tensor, Tensor], Tensor]) -> Pyramid:
+    def plausibilities(self, features: Pyramid) -> Pyramid:
+        """:meth:`plausibility` of each cell of features: maps ``(N, 1, H_i, W_i)``."""
         latents, log_dets = self.fiber_flow.cells(self.decoder_inputs(features))
         pairs = zip(latents, log_dets, strict=True)
-        return tuple(judged(level, log_det[:, 0])[:, None] for level, log_det in pairs)
+        return tuple(self.plausibility(level, log_det[:, 0])[:, None] for level, log_det in pairs)
 
     def log_density(self, latents: Tensor, log_det: Tensor) -> Tensor:
         """Log-density of cells in nats per channel, of latents ``(N, C, ...)`` and log-dets ``(N, ...)``."""
         return scoring.log_density(latents, log_det) / latents.shape[1]
 
-    def likelihood(self, latents: Tensor, log_det: Tensor) -> Tensor:
+    def plausibility(self, latents: Tensor, log_det: Tensor) -> Tensor:
         """What cells are judged by, in nats per channel: their log-density, or minus their latents' energy.
 
         Args:
@@ -111,7 +108,7 @@ class CFlowModel(FlowModel):
         """Judge cells by how they compare with training cells from now on.
 
         Args:
-            seen: of each layer, statistics of the training cells' :meth:`likelihood`, as one channel.
+            seen: of each layer, statistics of the training cells' :meth:`plausibility`, as one channel.
         """
         for level, statistics in enumerate(seen):
             if self.score_by == "energy":
@@ -121,13 +118,13 @@ class CFlowModel(FlowModel):
                 self.reference[level] = statistics.highest.item()
         self.is_measured.fill_(value=True)
 
-    def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """From cells' log-densities, or energies' negatives, to the map, and the score of its least likely cells.
+    def compare(self, plausibilities: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """From the :meth:`plausibility` of cells, ``(N, 1, H_i, W_i)`` per layer, to the map and the image score.
 
         By density the map is in nats: 0 where all layers are as likely as the likeliest training cell. By energy it
         is in standard deviations of the training cells': 0 where all layers are as likely as these on average.
         """
-        levels = zip(latents, self.reference, self.unit, strict=True)
+        levels = zip(plausibilities, self.reference, self.unit, strict=True)
         excess = [(level - reference) / unit for level, reference, unit in levels]
         # no layer may hide what another finds: likelier than what it is compared with counts as likely as that
         relative = [torch.where(self.is_measured, level.clamp(max=0), level) for level in excess]

@@ -18,14 +18,14 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenBackbone, ImagePyramid
-from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows import ChannelStandardization, CrossScaleCoupling, PyramidFlow, ScalePermutation
 
 from .reference import convert_reference_flow
@@ -78,30 +78,31 @@ class CSFlowModel(FlowModel):
 class CSFlow(FlowDetector):
     """CS-Flow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
 
+    The default backbone has the weights (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5, and
+    its layer 304 channels at stride 32. The paper's ``kernel_sizes`` are 3, and 5 in the last block. With
+    ``standardize``, which is not in the paper, training needs far fewer epochs.
+
     Args:
-        backbone: a timm model with its tag, or ``torchvision/NAME``. The default has the weights
-            (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5.
-        layer: whose maps are used, such as ``blocks.5`` (the paper's: 304 channels, stride 32).
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        layer: of the backbone, whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
         num_scales: number of image sizes, each half the one before.
-        num_blocks: number of coupling blocks.
-        kernel_sizes: of each block's convolutions; 3, and 5 in the last block, if not given.
-        hidden_channels: of the couplings' convolutions.
-        clamp: bound of the couplings' log-scales (alpha).
+        num_blocks: number of the flow's blocks, or of each layer's flow.
+        kernel_sizes: of the convolutions of each block or step; the paper's, if not given.
+        hidden_channels: width of the couplings' networks.
+        clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features. Not in the paper;
-            training then needs far fewer epochs.
+            of the training features; the likelihood stays that of the features.
         map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the scales.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one.
-        schedule: of the learning rate: ``constant`` (the paper's) or another of
-            :data:`anomalib_csflow.engine.optimization.Schedule`.
+        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         bfloat16: train the flow's convolutions in bfloat16 where the device computes in it (AMX, AVX512-BF16, GPUs
             from Ampere on); log-dets, losses and scores stay in float32.
         recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
@@ -109,7 +110,7 @@ class CSFlow(FlowDetector):
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image and pixel AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -126,6 +127,11 @@ class CSFlow(FlowDetector):
         (torch.Size([2]), torch.Size([2, 1, 128, 128]))
     """
 
+    output_arguments = (
+        *("layer", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
+        "map_mode",
+    )
+    free_arguments = ("recompute",)
     model: CSFlowModel
 
     def __init__(
@@ -146,7 +152,7 @@ class CSFlow(FlowDetector):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         weight_decay: float = 1e-5,
-        gradient_clip_norm: float = 1.0,
+        gradient_clip_norm: float | None = 1.0,
         schedule: Schedule = "constant",
         bfloat16: bool = False,
         recompute: bool = False,
@@ -164,15 +170,17 @@ class CSFlow(FlowDetector):
         if map_mode not in scoring.MAP_MODES:
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
             raise ValueError(msg)
-        check_schedule(schedule)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = ImagePyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
-        self.model = CSFlowModel(
-            features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
-        )
+
+        def build(network: nn.Module) -> CSFlowModel:
+            features = ImagePyramid(FrozenBackbone(network, layer), num_scales)
+            return CSFlowModel(
+                features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
+            )
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
+        self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None

@@ -12,23 +12,25 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_csflow.engine.detector import FlowDetector
-from anomalib_csflow.engine.optimization import Schedule, check_schedule
+from anomalib_csflow.engine.images import ImageOptions
+from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.providers import View
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
-from anomalib_csflow.features.weights import create_backbone, normalization
+from anomalib_csflow.features.weights import normalization
 from anomalib_csflow.flows.pyramid import Pyramid
 
 from .model import DifferNetModel
@@ -41,12 +43,11 @@ NO_MAP = (
 )
 
 
-def _view_name(angle: float) -> str:
-    return f"turned by {angle:g} degrees"
-
-
 class DifferNet(FlowDetector):
     """DifferNet in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+
+    The layer is AlexNet's last before the classifier (256 channels), whose maps are averaged; the couplings' networks
+    are perceptrons of three hidden layers. ``standardize`` and ``fixed_train_rotations`` are not in the paper.
 
     Every image is seen in several turned views, in training by random angles and in the test by fixed
     ones, and its score and its ``nll`` are the means over them. Where a part's orientation matters, or
@@ -57,34 +58,33 @@ class DifferNet(FlowDetector):
     gradient with respect to the image, which exported graphs do not have.
 
     Args:
-        backbone: a timm model with its tag, or ``torchvision/NAME``; the paper's is AlexNet.
-        layer: whose maps are averaged; of AlexNet the last before the classifier (256 channels).
+        backbone: a timm model with its tag, or ``torchvision/NAME``.
+        layer: of the backbone, whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
-        image_size: height and width to which images are resized, or one number for both.
+        image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
             larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
         num_scales: number of image sizes, each half the one before.
-        num_blocks: number of coupling blocks.
-        hidden_channels: width of the couplings' perceptrons, of three hidden layers.
-        clamp: bound of the couplings' log-scales (alpha).
-        standardize: put a fixed layer before the flow that standardizes each feature with statistics
-            of the training features; the likelihood stays that of the features. Not in the paper.
+        num_blocks: number of the flow's blocks, or of each layer's flow.
+        hidden_channels: width of the couplings' networks.
+        clamp: bound of the log-scales.
+        standardize: put a fixed layer before the flow that standardizes each channel with statistics
+            of the training features; the likelihood stays that of the features.
         num_train_rotations: views per image and training step.
         num_test_rotations: views per image at test, turned by multiples of 360 degrees over their number. All
             views of a batch go through the network at once: the evaluation batch times this is what memory must hold.
         fixed_train_rotations: train on fixed angles, multiples of 360 degrees over ``num_train_rotations``, instead of
-            random ones: then a view's features are always the same. Not in the paper.
+            random ones: then a view's features are always the same.
         localize: give anomaly maps too in the engine's validation, test and prediction; these take a gradient per view.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
-        schedule: of the learning rate: ``constant`` (the paper's) or another of
-            :data:`anomalib_csflow.engine.optimization.Schedule`.
+        schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
-        evaluator: or True for image and pixel AUROC and F1.
+        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
     Raises:
@@ -100,6 +100,12 @@ class DifferNet(FlowDetector):
         (torch.Size([2]), torch.Size([2, 1, 128, 128]))
     """
 
+    output_arguments = (
+        *("layer", "num_scales", "num_blocks", "hidden_channels", "clamp", "standardize"),
+        "num_test_rotations",
+    )
+    # maps can be had of every checkpoint, and one that was validated without them has no scale for them and says so
+    free_arguments = ("num_train_rotations", "fixed_train_rotations", "localize")
     model: DifferNetModel
 
     def __init__(
@@ -138,46 +144,39 @@ class DifferNet(FlowDetector):
             if count < 1:
                 msg = f"{name} must be 1 or more, got {count}"
                 raise ValueError(msg)
-        check_schedule(schedule)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = weights == "random"
-        features = PooledPyramid(FrozenBackbone(create_backbone(backbone, weights), layer), num_scales)
-        if self.input_size is not None:
-            features.check_size(*self.input_size)
         mean, std = normalization(backbone)
         black = [-m / s for m, s in zip(mean, std, strict=True)]
-        self.model = DifferNetModel(
-            features, num_blocks, hidden_channels, clamp, standardize, num_test_rotations, black
-        )
+
+        def build(network: nn.Module) -> DifferNetModel:
+            features = PooledPyramid(FrozenBackbone(network, layer), num_scales)
+            return DifferNetModel(features, num_blocks, hidden_channels, clamp, standardize, num_test_rotations, black)
+
+        images = ImageOptions(backbone, weights, image_size, antialias)
+        training = TrainingOptions(lr, schedule, max_epochs, None, weight_decay, betas, eps)
+        super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
+        self.num_train_rotations = num_train_rotations
+        self.fixed_train_rotations = fixed_train_rotations
+        self.localize = localize
 
     # -- views ------------------------------------------------------------------------------------
 
     @property
-    def cached_views(self) -> tuple[str, ...]:
-        """The training's fixed views, if it has them: random ones cannot be kept."""
-        if not self.hparams["fixed_train_rotations"]:
-            return ()
-        return tuple(_view_name(angle) for angle in fixed_angles(self.hparams["num_train_rotations"]))
+    def fixed_views(self) -> tuple[View, ...]:
+        """The training's views, if they are fixed: random ones cannot be kept."""
+        angles = fixed_angles(self.num_train_rotations) if self.fixed_train_rotations else ()
+        return tuple(View(f"turned by {angle:g} degrees", partial(self._turned, angle)) for angle in angles)
 
     def features(self, batch: Batch[Any]) -> Pyramid:
         """Features of the views of a training step, ``(V * N, D)``."""
-        images, count = cast("Tensor", batch.image), self.hparams["num_train_rotations"]
-        if self.hparams["fixed_train_rotations"]:
-            views = [self.view_features(batch, angle) for angle in fixed_angles(count)]
+        if self.fixed_train_rotations:
+            views = [self.provider.features(batch, view) for view in self.fixed_views]
         else:
-            views = [self.model.features(self.turned_at_random(images)) for _ in range(count)]
+            images = cast("Tensor", batch.image)
+            views = [self.model.features(self.turned_at_random(images)) for _ in range(self.num_train_rotations)]
         return tuple(torch.cat(level) for level in zip(*views, strict=True))
 
-    def view_features(self, batch: Batch[Any], angle: float) -> Pyramid:
-        """Features of a batch's images, turned by a fixed angle: while fitting, from the cache."""
-
-        def compute(images: Tensor) -> Pyramid:
-            turned = rotate_all(images, torch.tensor([angle]).to(images), self.model.get_buffer("black"))
-            return self.model.features(turned)
-
-        if self.feature_cache is None:
-            return compute(cast("Tensor", batch.image))
-        return self.feature_cache.features(batch, compute, self.trainer, _view_name(angle))
+    def _turned(self, angle: float, images: Tensor) -> Tensor:
+        return rotate_all(images, torch.tensor([angle]).to(images), self.model.get_buffer("black"))
 
     def turned_at_random(self, images: Tensor) -> Tensor:
         """Each image turned by an angle of its own."""
@@ -186,21 +185,10 @@ class DifferNet(FlowDetector):
 
     # -- maps, in the engine alone ----------------------------------------------------------------
 
-    def validation_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
-        """Score a batch, with maps if they are asked for."""
-        del batch_idx
-        predict = self.model.localize if self.hparams["localize"] else self.model
-        return batch.update(**predict(cast("Tensor", batch.image))._asdict())
-
-    def test_step(self, batch: Batch[Any], batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score a batch, with maps if they are asked for."""
-        del args, kwargs
-        return self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: Batch[Any], batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch, with maps if they are asked for."""
-        del dataloader_idx
-        return self.validation_step(batch, batch_idx)
+    def evaluate(self, batch: Batch[Any]) -> InferenceBatch:
+        """Score a batch's images in all views of the test, with maps if they are asked for."""
+        images = cast("Tensor", batch.image)
+        return self.model.localize(images) if self.localize else self.model(images)
 
     def on_test_start(self) -> None:
         """Check that maps, if they are asked for, have a scale."""
@@ -214,7 +202,7 @@ class DifferNet(FlowDetector):
     def _check_map_scale(self) -> None:
         """Raise ValueError if maps would be compared with a threshold that was never taken."""
         processor = self.post_processor
-        if not self.hparams["localize"] or not isinstance(processor, PostProcessor):
+        if not self.localize or not isinstance(processor, PostProcessor):
             return
         if not processor.image_min.isnan() and processor.pixel_min.isnan():
             msg = (

@@ -44,7 +44,7 @@ class DifferNetModel(FlowModel):
             layers.append(ScalePermutation(dims, seed=block))
             layers.append(GlowCoupling(dims, hidden_features=hidden_channels, clamp=clamp))
         super().__init__(features, PyramidFlow(layers))
-        # not in checkpoints: a test with more or fewer views is another test, not another model
+        # not in state_dict: the arguments say them
         self.register_buffer("angles", torch.tensor(fixed_angles(num_test_rotations)), persistent=False)
         self.register_buffer("black", torch.tensor(black), persistent=False)
 

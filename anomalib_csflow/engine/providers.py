@@ -1,0 +1,170 @@
+"""Who gives a detector the features of a batch's images: its backbone, or a store of what it computed before."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from anomalib.data import AnomalibDataset, Batch, ImageBatch, ImageItem
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from anomalib_csflow.features import FeaturePyramid
+from anomalib_csflow.features.store import FeatureStore, image_key
+from anomalib_csflow.flows.pyramid import Pyramid
+
+
+class View(NamedTuple):
+    """A fixed transform of pre-processed images, ``(N, 3, H, W)`` to as many, whose features are kept by its name."""
+
+    name: str
+    show: Callable[[Tensor], Tensor]
+
+
+PLAIN = View("", lambda images: images)
+"""Images as they are."""
+
+
+class FeatureProvider(Protocol):
+    """Gives features of a batch's images; in training and evaluation a detector asks nobody else."""
+
+    def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
+        """Features of a view of N pre-processed images.
+
+        Returns:
+            Maps ``(N, C, H, W)``, finest first, or one of vectors ``(N, D)``, on the batch's device.
+        """
+
+    def holds(self, path: str) -> bool:
+        """Whether an image file need not be decoded."""
+
+
+class ComputedFeatures:
+    """Computes features with the frozen backbone, whenever it is asked."""
+
+    def __init__(self, compute: FeaturePyramid) -> None:
+        self.compute = compute
+
+    def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
+        """Compute; see :class:`FeatureProvider`."""
+        return self.compute(view.show(cast("Tensor", batch.image)))
+
+    def holds(self, path: str) -> bool:
+        """Nothing is kept."""
+        del path
+        return False
+
+
+class CachedFeatures:
+    """Reads features from the stores of a fit's data sets; see :class:`FeatureProvider`.
+
+    Args:
+        compute: the frozen backbone, for what is not there.
+        transform: the pre-processor's, for images that were not decoded.
+        sets: ``train_data`` and ``val_data``, where there are such.
+        trainer: tells of which of the two a batch is.
+    """
+
+    def __init__(
+        self,
+        compute: FeaturePyramid,
+        transform: Callable[[Tensor], Tensor] | None,
+        sets: Mapping[str, "CachedSet"],
+        trainer: Trainer,
+    ) -> None:
+        self.compute = compute
+        self.transform = transform
+        self.sets = sets
+        self.trainer = trainer
+
+    def holds(self, path: str) -> bool:
+        """Whether the image's features are known, and so the image could be read."""
+        key = image_key(path)
+        return key is not None and any(key in cached.store for cached in self.sets.values())
+
+    def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
+        """Read the features of a batch's images, and compute those that are not there."""
+        images = cast("Tensor", batch.image)
+        cached = self.sets.get("val_data" if self.trainer.validating or self.trainer.sanity_checking else "train_data")
+        paths = getattr(batch, "image_path", None)
+        if cached is None or not paths:
+            return self.compute(view.show(images))
+        keys = [image_key(path, view.name) for path in paths]
+        found = [cached.store.get(key) if key else None for key in keys]
+        missing = [index for index, pyramid in enumerate(found) if pyramid is None]
+        if missing:
+            if len(images) == len(paths):
+                unknown = images[missing]
+            else:  # nothing was decoded, and now something is gone
+                unknown = self._decode([paths[index] for index in missing], cached, images.device)
+            levels = self.compute(view.show(unknown))
+            for row, index in enumerate(missing):
+                pyramid = tuple(level[row] for level in levels)
+                found[index] = pyramid
+                key = keys[index]
+                if key is not None and cached.is_unchanged(paths[index]):  # else it may not be what was decoded
+                    cached.store.put(key, pyramid)
+        dtype, whole = torch.get_default_dtype(), cast("list[Pyramid]", found)
+        return tuple(
+            torch.stack([level.to(images.device, dtype, non_blocking=True) for level in levels])
+            for levels in zip(*whole, strict=True)
+        )
+
+    def _decode(self, paths: Sequence[str], cached: "CachedSet", device: torch.device) -> Tensor:
+        images = torch.stack([cached.read(path) for path in paths]).to(device)
+        return self.transform(images) if self.transform else images
+
+
+class CachedSet(Dataset[ImageItem]):
+    """A data set that leaves the decoding out of batches whose features are all in the store.
+
+    Args:
+        dataset: anomalib's.
+        store: of its images' features.
+        views: names of all that training needs of an image.
+    """
+
+    def __init__(self, dataset: AnomalibDataset, store: FeatureStore, views: Sequence[str]) -> None:
+        self.dataset = dataset
+        self.store = store
+        self.views = views
+        self.is_known = False
+        self.paths = [str(path) for path in dataset.samples.image_path]
+        self.keys = {path: image_key(path) for path in self.paths}  # of the files before anything is decoded
+
+    def look(self) -> None:
+        """See whether all features are there; only of plain images can the decoding be left out."""
+        is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__
+        self.is_known = is_plain and all(
+            (key := image_key(path, view)) and key in self.store for path in self.paths for view in self.views
+        )
+
+    def is_unchanged(self, path: str) -> bool:
+        """Whether a file is still what it was before anything was decoded."""
+        return image_key(path) == self.keys.get(path)
+
+    def read(self, path: str) -> Tensor:
+        """Decode an image as the data set does."""
+        return cast("Tensor", self.dataset[self.paths.index(path)].image)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Read a sample, or leave out what is not needed."""
+        if not self.is_known:
+            return cast("ImageItem", self.dataset[index])
+        return ImageItem(image=torch.full((3, 1, 1), torch.nan), image_path=self.paths[index])
+
+    def collate_fn(self, items: list[ImageItem]) -> Batch[Any]:
+        """Collate; a batch without images gets a single one, which costs its transforms nothing."""
+        if not self.is_known:
+            return cast("Batch[Any]", self.dataset.collate_fn(items))
+        return ImageBatch(image=cast("Any", items[0].image)[None], image_path=[str(item.image_path) for item in items])
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the data set's."""
+        if name == "dataset":  # while it is being unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
