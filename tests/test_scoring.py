@@ -46,7 +46,8 @@ def test_maps_that_fuse_levels(mode: str, expected: float) -> None:
 def test_soft_minimum_is_between_minimum_and_mean_and_never_overflows() -> None:
     levels = torch.tensor([[1e30, 2.0, -5.0], [1e30, 8.0, 5.0]])
     found = scoring.soft_minimum(levels)
-    assert (found >= levels.amin(0)).all() and (found <= levels.mean(0)).all()
+    assert (found >= levels.amin(0)).all()
+    assert (found <= levels.mean(0)).all()
     torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e-3), levels.amin(0)[1:], atol=0.01, rtol=0)
     torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e4), levels.mean(0)[1:], atol=0.01, rtol=0)
 

@@ -29,7 +29,7 @@ from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
 from anomalib_csflow.flows import (
     ChannelStandardization,
@@ -139,12 +139,14 @@ class MSFlow(FlowDetector):
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features.
-        top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
-            least likely alone.
+        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
+            unusual alone.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        max_steps: train for so many batches, as one epoch, however many images there are.
+        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -182,6 +184,8 @@ class MSFlow(FlowDetector):
         gradient_clip_norm: float | None = 2.0,
         schedule: Schedule = "warmup_steps",
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -197,5 +201,5 @@ class MSFlow(FlowDetector):
             return MSFlowModel(features, num_blocks, condition_channels, clamp, standardize, top_share)
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, max_steps=max_steps, noise=noise)
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)

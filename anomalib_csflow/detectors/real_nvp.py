@@ -26,7 +26,7 @@ from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
 from anomalib_csflow.flows import ChannelStandardization, MaskedCoupling, Perceptron, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
@@ -87,6 +87,8 @@ class RealNVP(FlowDetector):
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        max_steps: train for so many batches, as one epoch, however many images there are.
+        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -124,6 +126,8 @@ class RealNVP(FlowDetector):
         gradient_clip_norm: float | None = 100.0,
         schedule: Schedule = "constant",
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -138,5 +142,7 @@ class RealNVP(FlowDetector):
             return RealNVPModel(features, num_blocks, hidden_channels, num_hidden, standardize)
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, weight_decay)
+        training = TrainingOptions(
+            lr, schedule, max_epochs, gradient_clip_norm, weight_decay, max_steps=max_steps, noise=noise
+        )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)

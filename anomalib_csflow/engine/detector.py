@@ -2,7 +2,8 @@
 
 import inspect
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,13 +15,16 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 from anomalib_csflow import scoring
 from anomalib_csflow.features.weights import create_backbone
+from anomalib_csflow.flows import ChannelWhitening
 from anomalib_csflow.flows.pyramid import Pyramid
 
 from . import optimization
@@ -31,7 +35,7 @@ from .images import ImageOptions, check_images, image_files
 from .model import FlowModel
 from .optimization import TrainingOptions
 from .precision import bfloat16
-from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
+from .providers import PLAIN, ComputedFeatures, FeatureProvider, RepeatedSet, View
 
 
 class NonFiniteLossError(RuntimeError):
@@ -78,6 +82,13 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
         if self.input_size is not None:
             self.model.features.check_size(*self.input_size)
+        if training_options.noise and self.model.standardization is None:
+            msg = (
+                "noise is in standard deviations of the features, which only a detector with standardize=True measures"
+            )
+            raise ValueError(msg)
+        self._noise = 0.0
+        self._saved_step = self._measured_step = -1
 
     def save_hyperparameters(self, *args: Any, ignore: Sequence[str] | str | None = None, **kwargs: Any) -> None:
         """Save the arguments that a detector is given, and not what it makes of them for this class."""
@@ -96,6 +107,11 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
             fused=not is_mixed,
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that the flow as it is now was saved."""
+        super().on_save_checkpoint(checkpoint)
+        self._saved_step = self.global_step
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume a schedule where it stood, over as many steps as are planned now."""
         super().on_load_checkpoint(checkpoint)
@@ -106,7 +122,7 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        features = self.features(batch)
+        features = self.noisy(self.features(batch))
         with bfloat16(features[0].device, wanted=self.training_options.bfloat16):
             loss = self.loss(features)
         return self.checked(loss, batch)
@@ -123,6 +139,15 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
     def features(self, batch: Batch[Any]) -> Pyramid:
         """Features of a training batch's images, which are pre-processed already."""
         return self.provider.features(batch)
+
+    def noisy(self, features: Pyramid) -> Pyramid:
+        """Training features with the noise that the training options ask for."""
+        if not self._noise:
+            return features
+        layer = self.model.standardization
+        assert layer is not None  # noqa: S101 (checked when the detector was built)
+        pairs = zip(features, layer.stds, strict=True)
+        return tuple(x + torch.randn_like(x) * (self._noise * std.view(-1, *[1] * (x.ndim - 2))) for x, std in pairs)
 
     def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
         """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
@@ -168,12 +193,13 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """These would override what the user asks of the trainer, so there are almost none.
+        """What the trainer must be given, whatever else it is asked for: so as little as possible.
 
-        The sanity steps, which would take thresholds from an untrained flow; and the number of epochs
-        where it was given to the detector.
+        No sanity steps, which would take thresholds from an untrained flow; and the number of epochs where the
+        detector has it, or has the number of steps, which are one epoch.
         """
-        max_epochs = self.training_options.max_epochs
+        options = self.training_options
+        max_epochs = options.max_epochs or (1 if options.max_steps else None)
         return {"num_sanity_val_steps": 0} | ({} if max_epochs is None else {"max_epochs": max_epochs})
 
     # -- components -------------------------------------------------------------------------------
@@ -226,7 +252,11 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         """Open the feature cache for a fit, and check the images of a stage before any long work."""
         if stage == "fit" and self.feature_cache:
             self.feature_cache.open(self.trainer, self.model.features, self.image_options.backbone, self.fixed_views)
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.training_options.max_steps and datamodule is not None:
+            processes = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            length = self.training_options.max_steps * datamodule.train_batch_size * processes
+            datamodule.train_data = RepeatedSet(datamodule.train_data, length)  # where its loaders look
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         if self.trainer.is_global_zero:
             provider = self.provider
@@ -239,23 +269,78 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         loaders = loaders if isinstance(loaders, list) else [loaders]  # one alone if it came from a datamodule
         check_images([file for loader in loaders for file in image_files(getattr(loader, "dataset", None))])
 
+    def teardown(self, stage: str) -> None:
+        """Give the data set back, as it was."""
+        del stage
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        data = getattr(datamodule, "train_data", None)
+        if isinstance(data, RepeatedSet):
+            datamodule.train_data = data.dataset
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give the data set back here too: Lightning leaves teardown out."""
+        del exception
+        self.teardown("fit")
+
     @torch.no_grad()
     def on_train_start(self) -> None:
         """Measure the statistics of the training features, unless a checkpoint brought them."""
+        loader = self.trainer.train_dataloader
+        data = getattr(loader, "dataset", None)
+        num_images = len(data.dataset if isinstance(data, RepeatedSet) else data) if data is not None else 0
+        self._noise = self.training_options.noise_for(num_images)
         layer = self.model.standardization
-        if layer is None or layer.is_fitted:
-            return
-        rank_zero_info("Measuring the statistics of the training images' features, once, before the first epoch.")
-        # each process sees its own share of the images
-        layer.fit(self._training_features(), gather=self.all_gather if self.trainer.world_size > 1 else None)
+        if layer is not None and not layer.is_fitted:
+            rank_zero_info("Measuring the statistics of the training images' features, once, before the first step.")
+            options = {"shrinkage": max(self._noise, 0.1)} if isinstance(layer, ChannelWhitening) else {}
+            layer.fit(self.training_features(), gather=self.gather, **options)
+        elif isinstance(data, RepeatedSet) and self.provider.keeps:
+            for _ in self.training_features():  # each image is computed once, and not decoded in every step
+                pass
 
-    def _training_features(self) -> Iterator[Pyramid]:
-        """Features of each training batch, as the training steps will see them."""
-        for index, raw in enumerate(self.trainer.train_dataloader or ()):
+    @property
+    def gather(self) -> Callable[[Tensor], Iterable[Tensor]] | None:
+        """A tensor of this process to those of all; None where there is but one process."""
+        return self.all_gather if self.trainer.world_size > 1 else None
+
+    def training_features(self) -> Iterator[Pyramid]:
+        """Features of all training images, each once, in this process's share of batches."""
+        loader: Any = self.trainer.train_dataloader
+        data = getattr(loader, "dataset", None)
+        if isinstance(data, RepeatedSet):
+            share: Any = DistributedSampler(data.dataset, shuffle=False) if self.gather else None
+            options = {"batch_size": loader.batch_size, "num_workers": loader.num_workers}
+            loader = DataLoader(data.dataset, sampler=share, collate_fn=loader.collate_fn, **options)
+        for index, raw in enumerate(loader or ()):
             batch = self.trainer.strategy.batch_to_device(raw)
             if self.pre_processor:
                 cast("PreProcessor", self.pre_processor).on_train_batch_start(self.trainer, self, batch, index)
             yield self.features(batch)
+
+    def measure(self) -> None:
+        """Measure of the trained flow what scores need; called before each validation and each checkpoint of a fit."""
+
+    def _measure_once(self) -> None:
+        if self.trainer.state.fn == "fit" and self._measured_step != self.global_step:
+            self._measured_step = self.global_step
+            self.measure()
+
+    def on_validation_start(self) -> None:
+        """Measure what scores need, before thresholds are taken."""
+        self._measure_once()
+
+    def on_train_epoch_end(self) -> None:
+        """Measure what scores need, before a checkpoint is written."""
+        self._measure_once()
+
+    def on_train_end(self) -> None:
+        """Write a checkpoint, if the last step has none yet: so a fit never ends without one."""
+        self._measure_once()
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and self._saved_step != self.global_step:
+            path = Path(checkpoint.dirpath) / f"{checkpoint.filename or 'model'}.ckpt"
+            self.trainer.save_checkpoint(path)
+            checkpoint.best_model_path = str(path)
 
     def configure_gradient_clipping(
         self,

@@ -112,7 +112,7 @@ class FeatureCache(Callback):
             store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
             sets[name] = CachedSet(dataset, store, [view.name for view in views])
             setattr(datamodule, name, sets[name])  # where anomalib's datamodules look whenever they make a loader
-        self.opened = CachedFeatures(features, transform, sets, trainer)
+        self.opened = CachedFeatures(features, transform, sets)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decode nothing if all features are there from an earlier run."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.features import FeaturePyramid
-from anomalib_csflow.flows import ChannelStandardization, PyramidFlow
+from anomalib_csflow.flows import ChannelStandardization, ChannelWhitening, PyramidFlow
 from anomalib_csflow.flows.pyramid import Pyramid
 
 
@@ -66,10 +66,10 @@ class FlowModel(nn.Module, ABC):
         raise NotImplementedError
 
     @property
-    def standardization(self) -> ChannelStandardization | None:
-        """The layer that standardizes the features, if the flow begins with one."""
+    def standardization(self) -> ChannelStandardization | ChannelWhitening | None:
+        """The layer that standardizes or whitens the features, if the flow begins with one."""
         first = self.flow[0]
-        return first if isinstance(first, ChannelStandardization) else None
+        return first if isinstance(first, (ChannelStandardization, ChannelWhitening)) else None
 
     def load_flow(self, converted: Mapping[str, Tensor]) -> None:
         """Load a flow that was trained elsewhere, in this package's names and without a standardization.

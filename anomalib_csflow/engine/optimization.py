@@ -21,6 +21,12 @@ Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
 All but the first are laid out over the whole training: on resuming for more epochs they are stretched.
 """
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+Noise = float | Literal["auto"]
+"""Gaussian noise on the training features, in standard deviations of each channel.
+
+It keeps a flow from learning few images by heart. The density that is learnt, and whose exact likelihood is given, is
+that of the noisy features. ``auto`` is the square root of 20 over the number of training images, and at most 1.
+"""
 WARMUP_START = 0.1
 """Share of the learning rate at which a warm-up begins, CFLOW-AD's and MSFlow's."""
 
@@ -30,7 +36,7 @@ class TrainingOptions:
     """Those of a detector's arguments that say how its flow is trained; a checkpoint's may be others.
 
     Raises:
-        ValueError: if there is no schedule of that name.
+        ValueError: if there is no schedule of that name, or a number is out of its range.
     """
 
     lr: float
@@ -41,11 +47,23 @@ class TrainingOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     bfloat16: bool = False
+    max_steps: int | None = None
+    noise: Noise = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
             raise ValueError(msg)
+        if self.max_steps is not None and self.max_steps < 1:
+            msg = f"max_steps must be 1 or more, got {self.max_steps}"
+            raise ValueError(msg)
+        if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
+            msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
+            raise ValueError(msg)
+
+    def noise_for(self, num_images: int) -> float:
+        """Standard deviation of the noise for so many training images, see :data:`Noise`."""
+        return min(1.0, math.sqrt(20 / max(num_images, 1))) if self.noise == "auto" else float(self.noise)
 
 
 def warmup_cosine(progress: float) -> float:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from anomalib.data import AnomalibDataset, Batch, ImageBatch, ImageItem
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,7 +25,13 @@ PLAIN = View("", lambda images: images)
 
 
 class FeatureProvider(Protocol):
-    """Gives features of a batch's images; in training and evaluation a detector asks nobody else."""
+    """Gives features of a batch's images; in training and evaluation a detector asks nobody else.
+
+    Attributes:
+        keeps: whether what was computed once is read back from then on.
+    """
+
+    keeps: bool
 
     def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
         """Features of a view of N pre-processed images.
@@ -41,6 +46,8 @@ class FeatureProvider(Protocol):
 
 class ComputedFeatures:
     """Computes features with the frozen backbone, whenever it is asked."""
+
+    keeps = False
 
     def __init__(self, compute: FeaturePyramid) -> None:
         self.compute = compute
@@ -62,20 +69,19 @@ class CachedFeatures:
         compute: the frozen backbone, for what is not there.
         transform: the pre-processor's, for images that were not decoded.
         sets: ``train_data`` and ``val_data``, where there are such.
-        trainer: tells of which of the two a batch is.
     """
+
+    keeps = True
 
     def __init__(
         self,
         compute: FeaturePyramid,
         transform: Callable[[Tensor], Tensor] | None,
         sets: Mapping[str, "CachedSet"],
-        trainer: Trainer,
     ) -> None:
         self.compute = compute
         self.transform = transform
         self.sets = sets
-        self.trainer = trainer
 
     def holds(self, path: str) -> bool:
         """Whether the image's features are known, and so the image could be read."""
@@ -85,9 +91,9 @@ class CachedFeatures:
     def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
         """Read the features of a batch's images, and compute those that are not there."""
         images = cast("Tensor", batch.image)
-        cached = self.sets.get("val_data" if self.trainer.validating or self.trainer.sanity_checking else "train_data")
-        paths = getattr(batch, "image_path", None)
-        if cached is None or not paths:
+        paths = getattr(batch, "image_path", None) or [""]
+        cached = next((one for one in self.sets.values() if paths[0] in one.keys), None)
+        if cached is None:
             return self.compute(view.show(images))
         keys = [image_key(path, view.name) for path in paths]
         found = [cached.store.get(key) if key else None for key in keys]
@@ -162,6 +168,33 @@ class CachedSet(Dataset[ImageItem]):
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the data set's."""
+        if name == "dataset":  # while it is being unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class RepeatedSet(Dataset[ImageItem]):
+    """A data set as often as an epoch of a given number of steps needs it; its samples are drawn in random order.
+
+    Args:
+        dataset: with one sample or more.
+        length: samples of an epoch.
+    """
+
+    def __init__(self, dataset: AnomalibDataset | CachedSet, length: int) -> None:
+        self.dataset = dataset
+        self.length = length
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Read a sample."""
+        return cast("ImageItem", self.dataset[index % len(self.dataset)])
+
+    def __len__(self) -> int:
+        """Count the samples of an epoch."""
+        return self.length
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the data set's."""

@@ -1,6 +1,14 @@
 """Frozen backbones, the pyramids that are made of them, their weights, and the store of computed features."""
 
 from .backbones import FrozenBackbone, FrozenLayers
-from .pyramids import FeaturePyramid, ImagePyramid, LayerPyramid, PooledPyramid
+from .pyramids import CrossScalePyramid, FeaturePyramid, ImagePyramid, LayerPyramid, PooledPyramid
 
-__all__ = ["FeaturePyramid", "FrozenBackbone", "FrozenLayers", "ImagePyramid", "LayerPyramid", "PooledPyramid"]
+__all__ = [
+    "CrossScalePyramid",
+    "FeaturePyramid",
+    "FrozenBackbone",
+    "FrozenLayers",
+    "ImagePyramid",
+    "LayerPyramid",
+    "PooledPyramid",
+]

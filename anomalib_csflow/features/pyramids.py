@@ -175,3 +175,53 @@ class PooledPyramid(ImagePyramid):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the vector."""
         return (torch.cat([level.mean((2, 3)) for level in super().forward(images)], dim=1),)
+
+
+class CrossScalePyramid(LayerPyramid):
+    """Levels that halve: several layers of one backbone in one pass, and the coarsest at smaller sizes of the image.
+
+    One layer at three image sizes is CS-Flow's own pyramid (:class:`ImagePyramid`); layers whose strides double need
+    one pass of the backbone and no smaller image.
+
+    Args:
+        backbone: with layers from fine to coarse, each with twice the stride of the one before.
+        num_scales: image sizes of the coarsest layer, each half the one before; 1 for the image alone.
+
+    Shape:
+        images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``, finest first.
+
+    Raises:
+        ValueError: if the levels do not halve; on an image that is too small for them.
+    """
+
+    def __init__(self, backbone: FrozenLayers, num_scales: int = 1) -> None:
+        super().__init__(backbone)
+        if num_scales < 1:
+            msg = f"num_scales must be 1 or more, got {num_scales}"
+            raise ValueError(msg)
+        if backbone.fixed_size is not None and num_scales > 1:
+            msg = f"this backbone takes images of {backbone.fixed_size} pixels alone: set num_scales=1"
+            raise ValueError(msg)
+        if any(coarser != 2 * finer for finer, coarser in pairwise(self.strides)):
+            msg = (
+                f"the layers {backbone.layers} have strides {self.strides}, which do not make a pyramid: name layers "
+                "of which each has twice the stride of the one before"
+            )
+            raise ValueError(msg)
+        coarsest = self.strides[-1]
+        self.num_scales = num_scales
+        self.channels += [self.channels[-1]] * (num_scales - 1)
+        self.strides += [coarsest << scale for scale in range(1, num_scales)]
+        self.min_size = self.strides[-1]
+        self.what = f"layers {backbone.layers} at {num_scales} image sizes, down to stride {self.min_size}"
+
+    def extra_repr(self) -> str:
+        """What the features are, beside the backbone's weights."""
+        return f"{super().extra_repr()}, num_scales={self.num_scales}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the pyramid of feature maps."""
+        height, width = images.shape[-2:]
+        levels = super().forward(images)
+        smaller = (F.interpolate(images, (height >> scale, width >> scale)) for scale in range(1, self.num_scales))
+        return levels + tuple(self.backbone.maps(image)[-1] for image in smaller)

@@ -100,14 +100,35 @@ class RunningCovariance:
         """Add a batch ``(N, channels, ...)``, merged with those before as Chan et al. (1983) do."""
         rows = values.movedim(1, -1).flatten(0, -2).float()
         mean = rows.mean(0)
-        deviations = rows - mean
-        products = (deviations.T @ deviations).cpu().double()
-        delta, total = mean.cpu().double() - self.mean, self.count + len(rows)
-        self._products += products + torch.outer(delta, delta) * (self.count * len(rows) / total)
-        self.mean += delta * (len(rows) / total)
+        covariance = (rows - mean).T @ (rows - mean) / len(rows)
+        parts = (part.cpu().double() for part in (torch.full_like(mean, len(rows))[None], mean[None], covariance))
+        self.merge(torch.cat([*parts]))
+
+    @property
+    def state(self) -> Tensor:
+        """What there is to know of the values so far: count, mean and covariance, ``(2 + channels, channels)``."""
+        return torch.cat([torch.full_like(self.mean, self.count)[None], self.mean[None], self.covariance])
+
+    def merge(self, state: Tensor) -> None:
+        """Add the :attr:`state` of other values, as Chan et al. (1983) do."""
+        n, mean, covariance = int(state[0, 0]), state[1].cpu(), state[2:].cpu()
+        if n == 0:
+            return
+        delta, total = mean - self.mean, self.count + n
+        self._products += n * covariance + torch.outer(delta, delta) * (self.count * n / total)
+        self.mean += delta * (n / total)
         self.count = total
+
+    @classmethod
+    def merged(cls, states: Iterable[Tensor]) -> "RunningCovariance":
+        """Statistics of all values of which there are states."""
+        first, *others = states
+        whole = cls(first.shape[1])
+        for state in (first, *others):
+            whole.merge(state)
+        return whole
 
     @property
     def covariance(self) -> Tensor:
         """Mean product of two channels' deviations from their means, ``(channels, channels)``."""
-        return self._products / self.count
+        return self._products / max(self.count, 1)

@@ -79,6 +79,11 @@ class ChannelStandardization(InvertibleModule):
             self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
         self.get_buffer("is_fitted").fill_(value=True)
 
+    @property
+    def stds(self) -> list[Tensor]:
+        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they were measured."""
+        return [self.get_buffer(f"log_std_{level}").exp() for level in range(len(self.channels))]
+
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Pyramid, Tensor]:

@@ -1,7 +1,7 @@
 """A fixed linear layer that whitens each position's channels with statistics of the training features."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from FrEIA.modules import InvertibleModule
@@ -51,13 +51,19 @@ class ChannelWhitening(InvertibleModule):
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def fit(self, pyramids: Iterable[Pyramid], shrinkage: float = 0.1) -> None:
+    def fit(
+        self,
+        pyramids: Iterable[Pyramid],
+        shrinkage: float = 0.1,
+        gather: Callable[[Tensor], Iterable[Tensor]] | None = None,
+    ) -> None:
         r"""Measure mean and covariance over all samples and positions.
 
         Args:
             pyramids: batches of pyramids of training features.
             shrinkage: :math:`\epsilon`, added to the standardized channels as noise of this standard deviation would
                 be: directions in which few images hardly vary are not blown up.
+            gather: a tensor of this process to those of all, where several have a share of the features each.
 
         Raises:
             ValueError: if there are no pyramids, or a level's channels do not vary at all.
@@ -66,22 +72,29 @@ class ChannelWhitening(InvertibleModule):
         for pyramid in pyramids:
             for statistics, level in zip(seen, check_pyramid(pyramid, self.channels, halved=False), strict=True):
                 statistics.update(level)
+        if gather is not None:
+            seen = [RunningCovariance.merged(gather(statistics.state)) for statistics in seen]
         if not all(statistics.count for statistics in seen):
             msg = "there are no features to measure: the training set is empty"
             raise ValueError(msg)
-        for level, statistics in enumerate(seen):
+        for index, statistics in enumerate(seen):
             covariance = statistics.covariance
             variance = covariance.diagonal()
             if not variance.mean() > 0:
-                msg = f"level {level}: the training images' features do not vary: are the images all alike, or blank?"
+                msg = f"level {index}: the training images' features do not vary: are the images all alike, or blank?"
                 raise ValueError(msg)
             std = variance.clamp(min=1e-6 * variance.mean().item()).sqrt()
             values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
             values = values.clamp(min=0) + max(shrinkage, 1e-3) ** 2
-            self.get_buffer(f"mean_{level}").copy_(statistics.mean)
-            self.get_buffer(f"std_{level}").copy_(std)
-            self.get_buffer(f"matrix_{level}").copy_(vectors * values.rsqrt() @ vectors.T / std)
+            self.get_buffer(f"mean_{index}").copy_(statistics.mean)
+            self.get_buffer(f"std_{index}").copy_(std)
+            self.get_buffer(f"matrix_{index}").copy_(vectors * values.rsqrt() @ vectors.T / std)
         self.get_buffer("is_fitted").fill_(value=True)
+
+    @property
+    def stds(self) -> list[Tensor]:
+        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they were measured."""
+        return [self.get_buffer(f"std_{level}") for level in range(len(self.channels))]
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True

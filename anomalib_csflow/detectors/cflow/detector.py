@@ -32,7 +32,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
 from anomalib_csflow.flows.pyramid import Pyramid
 from anomalib_csflow.flows.running_statistics import RunningStatistics
@@ -65,13 +65,15 @@ class CFlow(FlowDetector):
             highest (the paper's); ``energy`` by their latents alone, as FastFlow and MSFlow do, in standard
             deviations of the training cells': a density also falls where good cells vary much, and the highest
             density weighs the layers by chance.
-        top_share: share of the map's cells, those least likely, of which the image score is taken; 0 for the
-            least likely alone.
+        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
+            unusual alone.
         fibers_per_step: cells per optimizer step.
         lr: Adam's learning rate.
         gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        max_steps: train for so many batches, as one epoch, however many images there are.
+        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -115,6 +117,8 @@ class CFlow(FlowDetector):
         gradient_clip_norm: float | None = None,
         schedule: Schedule = "warmup_cosine",
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -135,7 +139,7 @@ class CFlow(FlowDetector):
             )
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm)
+        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, max_steps=max_steps, noise=noise)
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.fibers_per_step = fibers_per_step
         self._pending: list[tuple[int, Tensor, Tensor]] = []
@@ -196,18 +200,10 @@ class CFlow(FlowDetector):
     def _nothing_seen(self) -> list[RunningStatistics]:
         return [RunningStatistics(1) for _ in self.model.reference]
 
-    def on_validation_start(self) -> None:
-        """Set what cells are compared with, before thresholds are taken."""
-        self._compare_with_seen()
-
-    def on_train_epoch_end(self) -> None:
-        """Set what cells are compared with, before a checkpoint is written."""
-        self._compare_with_seen()
-
-    def _compare_with_seen(self) -> None:
-        if self.trainer.state.fn != "fit" or not all(statistics.count for statistics in self._seen):
-            return
-        self.model.compare_with(self._seen)
+    def measure(self) -> None:
+        """Set what cells are compared with."""
+        if all(statistics.count for statistics in self._seen):
+            self.model.compare_with(self._seen)
 
     def load_reference_state_dict(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
         """Load decoders that were trained with the authors' code.

@@ -12,7 +12,9 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
+import torch
 from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
@@ -23,12 +25,22 @@ from torch import Tensor, nn
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
+from anomalib_csflow.engine.levels import LevelScale
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
-from anomalib_csflow.features import FrozenBackbone, ImagePyramid
-from anomalib_csflow.flows import ChannelStandardization, CrossScaleCoupling, PyramidFlow, ScalePermutation
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
+from anomalib_csflow.features import CrossScalePyramid, FeaturePyramid, FrozenBackbone, FrozenLayers, ImagePyramid
+from anomalib_csflow.flows import (
+    ChannelStandardization,
+    ChannelWhitening,
+    CrossScaleCoupling,
+    PyramidFlow,
+    ScalePermutation,
+)
 
 from .reference import convert_reference_flow
+
+ImageScore = Literal["energy", "map"]
+"""What makes the score of an image: its latents' mean energy, or the highest positions of its map."""
 
 
 class CSFlowModel(FlowModel):
@@ -40,25 +52,32 @@ class CSFlowModel(FlowModel):
         hidden_channels: of the couplings' convolutions.
         clamp: bound of the couplings' log-scales.
         standardize: begin with a layer that standardizes each channel.
-        map_mode: how scales make a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
+        whiten: let that layer decorrelate the channels too.
+        map_mode: how levels make a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
+        image_score: what makes the score of an image, see :class:`CSFlow`.
+        top_share: share of the map's positions of which the image score is taken, if it is taken of the map.
         recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
     """
 
     def __init__(
         self,
-        features: ImagePyramid,
+        features: FeaturePyramid,
         kernel_sizes: Sequence[int],
         hidden_channels: int,
         clamp: float,
         standardize: bool,
+        whiten: bool,
         map_mode: scoring.MapMode,
+        image_score: ImageScore,
+        top_share: float,
         *,
         recompute: bool = False,
     ) -> None:
         # only the channels count: the couplings take maps of any size
-        side = 2 ** (features.num_scales - 1)
+        side = 2 ** (len(features.channels) - 1)
         dims = [(channels, side >> s, side >> s) for s, channels in enumerate(features.channels)]
-        layers = [ChannelStandardization(dims)] if standardize else []
+        first = ChannelWhitening if whiten else ChannelStandardization
+        layers = [first(dims)] if standardize else []
         for block, kernel_size in enumerate(kernel_sizes):
             layers.append(ScalePermutation(dims, seed=block))
             layers.append(
@@ -66,13 +85,19 @@ class CSFlowModel(FlowModel):
             )
         super().__init__(features, PyramidFlow(layers, recompute=recompute))
         self.map_mode = map_mode
+        self.image_score = image_score
+        self.top_share = top_share
+        self.level_scale = LevelScale(len(dims)) if map_mode == "soft_minimum" else None
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Mean energy over all scales (eq. 8); a map of the mean squared latents (section 3.4)."""
-        return InferenceBatch(
-            pred_score=scoring.mean_energy(latents),
-            anomaly_map=scoring.anomaly_map(scoring.mean_squares(latents), size, self.map_mode),
-        )
+        """Mean energy of all levels (eq. 8), or the map's highest positions; a map of mean squares (section 3.4)."""
+        levels = scoring.mean_squares(latents)
+        if self.level_scale is not None:
+            levels = self.level_scale(levels)
+        anomaly_map = scoring.anomaly_map(levels, size, self.map_mode)
+        of_map = self.image_score == "map"
+        score = scoring.top_mean(anomaly_map, self.top_share) if of_map else scoring.mean_energy(latents)
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
 class CSFlow(FlowDetector):
@@ -80,11 +105,15 @@ class CSFlow(FlowDetector):
 
     The default backbone has the weights (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5, and
     its layer 304 channels at stride 32. The paper's ``kernel_sizes`` are 3, and 5 in the last block. With
-    ``standardize``, which is not in the paper, training needs far fewer epochs.
+    ``standardize``, which is not in the paper, training needs far fewer steps.
+
+    ``layers``, if given, take the place of ``layer``: the flow then goes over several layers of one pass of the
+    backbone, and over ``num_scales`` image sizes of the last of them.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
         layer: of the backbone, whose maps are used.
+        layers: of the backbone, whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
@@ -96,7 +125,13 @@ class CSFlow(FlowDetector):
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features.
-        map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the scales.
+        whiten: let the layer that ``standardize`` adds decorrelate the channels too.
+        map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the levels, or their ``soft_minimum``, in
+            standard deviations of the training images'.
+        image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
+            positions: then score and map are on one scale.
+        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
+            unusual alone.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
@@ -108,6 +143,8 @@ class CSFlow(FlowDetector):
         recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
             num_blocks, for about a third more time.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        max_steps: train for so many batches, as one epoch, however many images there are.
+        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -128,8 +165,8 @@ class CSFlow(FlowDetector):
     """
 
     output_arguments = (
-        *("layer", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
-        "map_mode",
+        *("layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
+        *("whiten", "map_mode", "image_score", "top_share"),
     )
     free_arguments = ("recompute",)
     model: CSFlowModel
@@ -138,6 +175,7 @@ class CSFlow(FlowDetector):
         self,
         backbone: str = "tf_efficientnet_b5.aa_in1k",
         layer: str = "blocks.5",
+        layers: Sequence[str] = (),
         weights: str = "hub",
         image_size: int | tuple[int, int] = 768,
         antialias: bool = True,
@@ -147,7 +185,10 @@ class CSFlow(FlowDetector):
         hidden_channels: int = 1024,
         clamp: float = 3.0,
         standardize: bool = False,
+        whiten: bool = False,
         map_mode: scoring.MapMode = "finest",
+        image_score: ImageScore = "energy",
+        top_share: float = 0.0,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -157,6 +198,8 @@ class CSFlow(FlowDetector):
         bfloat16: bool = False,
         recompute: bool = False,
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -171,16 +214,42 @@ class CSFlow(FlowDetector):
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"
             raise ValueError(msg)
 
+        if image_score not in get_args(ImageScore):
+            msg = f"unknown image_score {image_score!r}: choose one of {', '.join(get_args(ImageScore))}"
+            raise ValueError(msg)
+        if whiten and not standardize:
+            msg = "whiten=True needs standardize=True: the channels are standardized before they are decorrelated"
+            raise ValueError(msg)
+        scoring.check_top_share(top_share)
+
         def build(network: nn.Module) -> CSFlowModel:
-            features = ImagePyramid(FrozenBackbone(network, layer), num_scales)
+            features: FeaturePyramid
+            if layers:
+                features = CrossScalePyramid(FrozenLayers(network, layers), num_scales)
+            else:
+                features = ImagePyramid(FrozenBackbone(network, layer), num_scales)
+            scores = (map_mode, image_score, top_share)
             return CSFlowModel(
-                features, kernel_sizes, hidden_channels, clamp, standardize, map_mode, recompute=recompute
+                features, kernel_sizes, hidden_channels, clamp, standardize, whiten, *scores, recompute=recompute
             )
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16)
+        training = TrainingOptions(
+            *(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16, max_steps, noise)
+        )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
+
+    def measure(self) -> None:
+        """Measure the scale of the levels, of the training images' features without noise."""
+        scale = self.model.level_scale
+        if scale is None:
+            return
+        is_training, maps = self.model.training, lambda f: scoring.mean_squares(self.model.transform(f, jac=False)[0])
+        with torch.no_grad():
+            self.model.eval()
+            scale.fit((maps(features) for features in self.training_features()), gather=self.gather)
+            self.model.train(is_training)
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None

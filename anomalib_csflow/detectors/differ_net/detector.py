@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
 from anomalib_csflow.engine.providers import View
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
 from anomalib_csflow.features.weights import normalization
@@ -82,6 +82,8 @@ class DifferNet(FlowDetector):
         weight_decay: Adam's.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
+        max_steps: train for so many batches, as one epoch, however many images there are.
+        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -130,6 +132,8 @@ class DifferNet(FlowDetector):
         weight_decay: float = 1e-5,
         schedule: Schedule = "constant",
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -152,7 +156,9 @@ class DifferNet(FlowDetector):
             return DifferNetModel(features, num_blocks, hidden_channels, clamp, standardize, num_test_rotations, black)
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs, None, weight_decay, betas, eps)
+        training = TrainingOptions(
+            lr, schedule, max_epochs, None, weight_decay, betas, eps, max_steps=max_steps, noise=noise
+        )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.num_train_rotations = num_train_rotations
         self.fixed_train_rotations = fixed_train_rotations
