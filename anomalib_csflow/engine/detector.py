@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
@@ -14,31 +14,25 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
 from anomalib_csflow.features.weights import create_backbone
 from anomalib_csflow.flows.pyramid import Pyramid
 
-from . import optimization
 from .checkpoints import LeanCheckpoints
 from .exports import FlowExports
 from .feature_cache import FeatureCache
 from .images import ImageOptions, check_images, image_files
 from .model import FlowModel
-from .optimization import TrainingOptions
+from .optimization import FlowOptimization, TrainingOptions
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 
 
-class NonFiniteLossError(RuntimeError):
-    """Training diverged: the loss or its gradient is NaN or infinite."""
-
-
-class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
+class FlowDetector(FlowOptimization, LeanCheckpoints, FlowExports, AnomalibModule, ABC):
     """What every detector of this package does in anomalib's engine.
 
     It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
@@ -48,15 +42,10 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         build: makes the network around a backbone; called once.
         image_options: what the backbone is, and what it sees of an image.
         training_options: how the flow is trained.
-        pre_processor: or True for one made from the image options.
-        post_processor: or True for anomalib's.
-        evaluator: or True for anomalib's metrics.
-        visualizer: or True for anomalib's.
+        pre_processor, post_processor, evaluator, visualizer: anomalib's components, or True for the defaults.
 
-    Attributes:
-        output_arguments: names of a subclass's own arguments that must be those of a checkpoint that it loads.
-        free_arguments: names of its own that may differ. Each of its arguments is in one of the two, a field of the
-            options, or a component.
+    A subclass declares in ``output_arguments`` and ``free_arguments`` which others of its arguments must be those of a
+    checkpoint that it loads, and which may differ.
     """
 
     model: FlowModel
@@ -86,21 +75,6 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         kwargs.setdefault("frame", frame and frame.f_back)
         super().save_hyperparameters(*args, ignore=[*ignored, "build", "image_options", "training_options"], **kwargs)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam on the flow's parameters, with the detector's schedule."""
-        is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
-        return optimization.adam(
-            self.model.flow.parameters(),
-            self.training_options,
-            lambda: self.trainer.estimated_stepping_batches,
-            fused=not is_mixed,
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume a schedule where it stood, over as many steps as are planned now."""
-        super().on_load_checkpoint(checkpoint)
-        optimization.forget_length(checkpoint)
-
     # -- what anomalib asks of a model ------------------------------------------------------------
 
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
@@ -110,15 +84,6 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
         with bfloat16(features[0].device, wanted=self.training_options.bfloat16):
             loss = self.loss(features)
         return self.checked(loss, batch)
-
-    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
-        """Log a batch's loss, and stop if it is not finite."""
-        if not torch.isfinite(loss):
-            self._stop("the loss", loss)
-        self.log(
-            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(cast("Tensor", batch.image))
-        )
-        return loss
 
     def features(self, batch: Batch[Any]) -> Pyramid:
         """Features of a training batch's images, which are pre-processed already."""
@@ -256,28 +221,3 @@ class FlowDetector(LeanCheckpoints, FlowExports, AnomalibModule, ABC):
             if self.pre_processor:
                 cast("PreProcessor", self.pre_processor).on_train_batch_start(self.trainer, self, batch, index)
             yield self.features(batch)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradient's norm as the paper does, unless the trainer was given another value."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler skips such steps itself
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.flow.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                self._stop("the gradient", norm)
-        if gradient_clip_val is None:
-            gradient_clip_val = self.training_options.gradient_clip_norm
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _stop(self, what: str, value: Tensor) -> NoReturn:
-        """Raise before the step is taken, and so before a checkpoint could hold what is not finite."""
-        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
-        msg = (
-            f"{what} became {value.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
-            f"The last good checkpoint: {saved}. Lower lr, or clip the gradient harder, or look for images that are "
-            "not like the others"
-        )
-        raise NonFiniteLossError(msg)
