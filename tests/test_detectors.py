@@ -16,8 +16,9 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_csflow import CFlow, CSFlow, DifferNet, FastFlow, MSFlow, RealNVP, scoring
 from anomalib_csflow.engine import precision
-from anomalib_csflow.engine.detector import FlowDetector, NonFiniteLossError
+from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import UnreadableImageError
+from anomalib_csflow.engine.optimization import NonFiniteLossError
 from anomalib_csflow.engine.precision import computes_bfloat16
 from anomalib_csflow.features.weights import WeightsError
 from anomalib_csflow.flows import CrossScaleCoupling

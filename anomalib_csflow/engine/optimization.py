@@ -1,14 +1,19 @@
-"""Adam and the schedules of its learning rate, which the detectors choose by name."""
+"""How flows are trained: Adam, schedules of its learning rate by name, and a stop where a loss is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
+from anomalib.data import Batch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from .model import FlowModel
 
 Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
 """What the learning rate does over a training:
@@ -156,3 +161,63 @@ def forget_length(checkpoint: dict[str, Any]) -> None:
         if "total_steps" in state:
             for key in set(state) - set(kept):
                 del state[key]
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged: the loss or its gradient is NaN or infinite."""
+
+
+class FlowOptimization(LightningModule):
+    """The optimizer of a detector's flow."""
+
+    model: FlowModel
+    training_options: TrainingOptions
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam on the flow's parameters, with the detector's schedule."""
+        is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return adam(
+            self.model.flow.parameters(),
+            self.training_options,
+            lambda: self.trainer.estimated_stepping_batches,
+            fused=not is_mixed,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume a schedule where it stood, over as many steps as are planned now."""
+        super().on_load_checkpoint(checkpoint)
+        forget_length(checkpoint)
+
+    def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
+        """Log a batch's loss, and stop if it is not finite."""
+        if not torch.isfinite(loss):
+            self._stop("the loss", loss)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(cast("Tensor", batch.image))
+        )
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient's norm as the paper does, unless the trainer was given another value."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a scaler skips such steps itself
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.flow.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                self._stop("the gradient", norm)
+        if gradient_clip_val is None:
+            gradient_clip_val = self.training_options.gradient_clip_norm
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _stop(self, what: str, value: Tensor) -> NoReturn:
+        """Raise before the step is taken, and so before a checkpoint could hold what is not finite."""
+        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
+        msg = (
+            f"{what} became {value.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
+            f"The last good checkpoint: {saved}. Lower lr, or clip the gradient harder, or look for images that are "
+            "not like the others"
+        )
+        raise NonFiniteLossError(msg)

@@ -122,13 +122,7 @@ class CachedFeatures:
 
 
 class CachedSet(Dataset[ImageItem]):
-    """A data set that leaves the decoding out of batches whose features are all in the store.
-
-    Args:
-        dataset: anomalib's.
-        store: of its images' features.
-        views: names of all that training needs of an image.
-    """
+    """A data set that leaves the decoding out of batches of which the store has all features, in all views."""
 
     def __init__(self, dataset: AnomalibDataset, store: FeatureStore, views: Sequence[str]) -> None:
         self.dataset = dataset

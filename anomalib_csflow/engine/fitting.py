@@ -1,0 +1,143 @@
+"""What a fit does around its steps: statistics before them, what scores need after them, a checkpoint at the end."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from anomalib_csflow.flows import ChannelWhitening
+from anomalib_csflow.flows.pyramid import Pyramid
+
+from .model import FlowModel
+from .optimization import TrainingOptions
+from .providers import FeatureProvider, RepeatedSet
+
+LEAST_SHRINKAGE = 0.1
+"""Of a whitening, in standard deviations of the channels; more where the training features have more noise."""
+
+
+class FlowFitting(LightningModule):
+    """The course of a detector's fit: features once, steps, measurements, a checkpoint."""
+
+    model: FlowModel
+    training_options: TrainingOptions
+    features: Callable[[Any], Pyramid]
+    pre_processor: PreProcessor | None
+    _noise = 0.0
+    _measured_step = -1
+    _saved_step = -1
+
+    @property
+    def provider(self) -> FeatureProvider:
+        """Gives the features of a batch's images."""
+        raise NotImplementedError
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def repeat_training_set(self) -> None:
+        """Make an epoch of ``max_steps`` batches, if the options have it; :meth:`teardown` undoes it."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        steps = self.training_options.max_steps
+        if steps and datamodule is not None:
+            batches = steps * self.trainer.world_size * self.trainer.accumulate_grad_batches
+            repeated = RepeatedSet(datamodule.train_data, batches * datamodule.train_batch_size)
+            datamodule.train_data = repeated  # where anomalib's datamodules look whenever they make a loader
+
+    def teardown(self, stage: str) -> None:
+        """Give the data set back, as it was."""
+        del stage
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        data = getattr(datamodule, "train_data", None)
+        if isinstance(data, RepeatedSet):
+            datamodule.train_data = data.dataset
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give the data set back here too: Lightning leaves teardown out."""
+        del exception
+        self.teardown("fit")
+
+    def noisy(self, features: Pyramid) -> Pyramid:
+        """Training features with the noise that the options ask for."""
+        if not self._noise:
+            return features
+        layer = self.model.standardization
+        assert layer is not None  # noqa: S101 (checked when the detector was built)
+        scales = (self._noise * std.view(-1, *[1] * (x.ndim - 2)) for x, std in zip(features, layer.stds, strict=True))
+        return tuple(x + torch.randn_like(x) * scale for x, scale in zip(features, scales, strict=True))
+
+    # -- before the first -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Measure the statistics of the training features, unless a checkpoint brought them."""
+        data = getattr(self.trainer.train_dataloader, "dataset", ())
+        images = data.dataset if isinstance(data, RepeatedSet) else data
+        self._noise = self.training_options.noise_for(len(images))
+        layer = self.model.standardization
+        if layer is not None and not layer.is_fitted:
+            rank_zero_info("Measuring the statistics of the training images' features, once, before the first step.")
+            if isinstance(layer, ChannelWhitening):
+                layer.fit(self.training_features(), max(self._noise, LEAST_SHRINKAGE), gather=self.gather)
+            else:
+                layer.fit(self.training_features(), gather=self.gather)
+        elif isinstance(data, RepeatedSet) and self.provider.keeps:
+            for _ in self.training_features():  # each image is computed once, and not decoded in every step
+                pass
+
+    @property
+    def gather(self) -> Callable[[Tensor], Iterable[Tensor]] | None:
+        """A tensor of this process to those of all; None where there is but one process."""
+        return self.all_gather if self.trainer.world_size > 1 else None
+
+    def training_features(self) -> Iterator[Pyramid]:
+        """Features of all training images, each once, in this process's share of batches."""
+        loader: Any = self.trainer.train_dataloader
+        data = getattr(loader, "dataset", None)
+        if isinstance(data, RepeatedSet):
+            share: Any = DistributedSampler(data.dataset, shuffle=False) if self.gather else None
+            options = {"batch_size": loader.batch_size, "num_workers": loader.num_workers}
+            loader = DataLoader(data.dataset, sampler=share, collate_fn=data.dataset.collate_fn, **options)
+        for index, raw in enumerate(loader or ()):
+            batch = self.trainer.strategy.batch_to_device(raw)
+            if self.pre_processor:
+                self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
+            yield self.features(batch)
+
+    # -- after the last ---------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Measure of the trained flow what scores need; called before each validation and each checkpoint of a fit."""
+
+    def on_validation_start(self) -> None:
+        """Measure what scores need, before thresholds are taken."""
+        self._measure_once()
+
+    def on_train_epoch_end(self) -> None:
+        """Measure what scores need, before a checkpoint is written."""
+        self._measure_once()
+
+    def on_train_end(self) -> None:
+        """Write a checkpoint, if the last step has none yet, so that no fit ends without one."""
+        self._measure_once()
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and self._saved_step != self.global_step:
+            path = Path(checkpoint.dirpath) / f"{checkpoint.filename or 'model'}.ckpt"
+            self.trainer.save_checkpoint(path)
+            checkpoint.best_model_path = str(path)
+
+    def _measure_once(self) -> None:
+        if self.trainer.state.fn == "fit" and self._measured_step != self.global_step:
+            self._measured_step = self.global_step
+            self.measure()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that the flow as it is now was saved."""
+        super().on_save_checkpoint(checkpoint)
+        self._saved_step = self.global_step
