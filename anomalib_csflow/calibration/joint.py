@@ -67,7 +67,7 @@ def joint_thresholds(
         scores: ``(n,)``, image scores of good images, higher being more anomalous.
         map_maxima: ``(n,)``, the maximum of each one's map; None without maps.
         rate: share of good images that may have a label "anomalous" or any masked pixel.
-        kind: of promise, see :data:`~anomalib_csflow.calibration.promises.Kind`.
+        kind: of promise, see :mod:`~anomalib_csflow.calibration.promises`.
         confidence: of a certified one.
         reference: scores and map maxima ``(m,)`` of good images held out from training that do not calibrate, such as
             those that chose the epoch.

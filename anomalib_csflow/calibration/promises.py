@@ -18,13 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Kind = Literal["marginal", "certified", "estimated"]
-"""What a rate is promised on:
-
-- ``marginal``: on average over calibrations, from held-out images;
-- ``certified``: for all but a share ``1 - confidence`` of calibrations, from held-out images;
-- ``estimated``: from out-of-fold scores, computed as ``marginal``, without a guarantee for a finite number of images:
-  the scores are those of other models than the one that is deployed.
-"""
+"""How a rate is promised: see above."""
 KINDS: tuple[str, ...] = get_args(Kind)
 CONFIDENCE = 0.95
 """Share of calibrations whose true rate keeps a certified promise."""

@@ -71,12 +71,12 @@ def threshold(
     Args:
         scores: ``(n,)``, of good images: held out from training for ``marginal`` and ``certified``.
         rate: share of good images that may be called anomalous.
-        kind: of promise, see :data:`~anomalib_csflow.calibration.promises.Kind`.
+        kind: of promise, see :mod:`~anomalib_csflow.calibration.promises`.
         confidence: of a certified one.
 
     Returns:
-        The threshold, one of the scores, and what it promises: the rate asked for, or the lowest that n images can
-        promise, which is never below ``1 / (n + 1)``.
+        The threshold (one of the scores) and its rate, which is what was asked for or the lowest that n images can
+        promise, and never below ``1 / (n + 1)``.
 
     Raises:
         ValueError: if there are no scores, one is not finite, or the rate, the kind or the confidence is none.

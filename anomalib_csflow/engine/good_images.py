@@ -59,7 +59,7 @@ class GoodScale(nn.Module):
             calibrated: of any shape.
 
         Returns:
-            Of the same shape, in [1 / (n + 1), 1]: 1 if there was no calibration.
+            Of the same shape, from 1 / (n + 1) to 1; all are 1 if there was no calibration.
         """
         ordered = self(self.good.sort().values)
         below = torch.searchsorted(ordered, calibrated.to(ordered).contiguous())

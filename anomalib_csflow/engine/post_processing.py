@@ -36,7 +36,7 @@ class ConformalPostProcessor(PostProcessor):
     - ``pred_label`` is whether the score is above 0.5 (``1 - image_sensitivity``), or the mask has any pixel: an image
       with a contour is never called good.
 
-    Calibrated values are no probabilities: :attr:`score_scale` and :attr:`map_scale` give p-values, and raw values, of
+    Calibrated values are no probabilities: ``score_scale`` and ``map_scale`` give p-values, and raw values, of
     them.
 
     Calibration images come from :meth:`calibrate`, or else are the good ones among those that are validated while
@@ -46,7 +46,7 @@ class ConformalPostProcessor(PostProcessor):
     Args:
         false_alarm_rate: share of good images that may have a label "anomalous" or any masked pixel.
         promise: ``marginal``, on average over calibrations, or ``certified``, for 95 % of them; see
-            :data:`~anomalib_csflow.calibration.promises.Kind`.
+            :mod:`~anomalib_csflow.calibration.promises`.
         threshold: ``conformal``, or ``f1``: anomalib's own thresholds and normalization, from labelled validation
             images.
         **kwargs: of anomalib's ``PostProcessor``.
