@@ -43,4 +43,5 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Any|Callable|Path|Self)"),
     # what a type is made of, where a docstring names it in words
     (r"py:class", r"(optional|callable)"),
+    (r"py:class", r"'\w+'"),  # a choice of an attribute's Literal
 ]

@@ -1,0 +1,242 @@
+"""Labels and masks with a promised rate of false alarms, inside the graph that is exported."""
+
+from dataclasses import asdict
+from typing import Any, Literal, get_args
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from anomalib_csflow.calibration import Kind, Promise, joint_thresholds
+from anomalib_csflow.calibration.promises import CONFIDENCE, check_asked
+
+from .good_images import NAN, GoodImages, GoodScale, image_scores
+
+ThresholdMode = Literal["conformal", "f1"]
+THRESHOLD_MODES: tuple[str, ...] = get_args(ThresholdMode)
+NO_CALIBRATION = (
+    "This model was never calibrated: its scores and maps are raw, and it has no labels and no masks. Fit it with "
+    "validation images, or call post_processor.calibrate(...) with the scores of good images"
+)
+
+
+class ConformalPostProcessor(PostProcessor):
+    """Calibrates scores and maps on good images: 0.5 at a threshold that good images exceed at a promised rate.
+
+    A calibrated score is within (0, 1) and rises strictly with the raw one, see
+    :class:`~anomalib_csflow.calibration.Scale`: defects stay ranked however far they are from good images. So are the
+    values of the map, whose scale is calibrated on the *maximum* of each good image's map. Label and contour share
+    one rate: of good images, at most the promised share has either.
+
+    - ``pred_mask`` is where the map is above 0.5 (above ``1 - pixel_sensitivity``).
+    - ``pred_label`` is whether the score is above 0.5 (``1 - image_sensitivity``), or the mask has any pixel: an image
+      with a contour is never called good.
+
+    Calibrated values are no probabilities: ``score_scale`` and ``map_scale`` give p-values, and raw values, of
+    them.
+
+    Calibration images come from :meth:`calibrate`, or else are the good ones among those that are validated while
+    fitting, last epoch first; a model that was calibrated is not calibrated again by ``validate``. Images that chose
+    anything, such as the epoch, keep no promise.
+
+    Args:
+        false_alarm_rate: share of good images that may have a label "anomalous" or any masked pixel.
+        promise: ``marginal``, on average over calibrations, or ``certified``, for 95 % of them; see
+            :mod:`~anomalib_csflow.calibration.promises`.
+        threshold: ``conformal``, or ``f1``: anomalib's own thresholds and normalization, from labelled validation
+            images.
+        **kwargs: of anomalib's ``PostProcessor``.
+
+    Attributes:
+        score_scale: the image score's scale, with the scores of the calibration images in rising order.
+        map_scale: the map's scale, with the maxima of the same images' maps, in the same order.
+        made: what the thresholds promise; None before the calibration.
+
+    Raises:
+        ValueError: if the rate is not within (0, 1), or there is no promise or threshold of that name.
+
+    References:
+        Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005.
+        Angelopoulos, Bates: A Gentle Introduction to Conformal Prediction, 2021.
+    """
+
+    def __init__(
+        self,
+        false_alarm_rate: float = 0.01,
+        promise: Literal["marginal", "certified"] = "marginal",
+        threshold: ThresholdMode = "conformal",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_asked(false_alarm_rate, promise)
+        if threshold not in THRESHOLD_MODES:
+            msg = f"unknown threshold {threshold!r}: choose one of {', '.join(THRESHOLD_MODES)}"
+            raise ValueError(msg)
+        self.false_alarm_rate = false_alarm_rate
+        self.promise = promise
+        self.threshold = threshold
+        self.made: Promise | None = None
+        self.score_scale = GoodScale()
+        self.map_scale = GoodScale()
+        self._validated = GoodImages()
+        self._is_given = False  # calibrated by a call, which validation does not undo
+        self._has_warned = False
+
+    # -- calibration ------------------------------------------------------------------------------
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are thresholds of good images."""
+        return self.score_scale.is_calibrated
+
+    def calibrate(
+        self,
+        scores: Tensor,
+        map_maxima: Tensor | None = None,
+        kind: Kind | None = None,
+        *,
+        reference: tuple[Tensor, Tensor] | None = None,
+    ) -> Promise:
+        """Take thresholds and scales from good images; validation does not change them until the next fit.
+
+        Args:
+            scores: ``(n,)``, raw image scores of good images: held out, or out-of-fold.
+            map_maxima: ``(n,)``, the maximum of each one's raw map; None of detectors without maps.
+            kind: of promise: ``estimated`` if the scores are out-of-fold; by default, that of the constructor.
+            reference: raw scores and maxima ``(m,)`` of other held-out good images, such as those that chose the
+                epoch: with it, half as many images are needed; see
+                :func:`~anomalib_csflow.calibration.joint_thresholds`.
+
+        Returns:
+            What the thresholds promise.
+
+        Raises:
+            ValueError: if there are no scores, one is not finite, or there is not one maximum for each.
+        """
+        score = scores.detach().float().flatten().cpu()
+        maxima = None if map_maxima is None else map_maxima.detach().float().flatten().cpu()
+        found = joint_thresholds(
+            score.numpy(),
+            None if maxima is None else maxima.numpy(),
+            self.false_alarm_rate,
+            kind or self.promise,
+            CONFIDENCE,
+            reference=None if reference is None else (reference[0].cpu().numpy(), reference[1].cpu().numpy()),
+        )
+        order = score.argsort()
+        self.score_scale.calibrate(found.score, score[order])
+        self.map_scale.calibrate(found.map, None if maxima is None else maxima[order])
+        # what anomalib shows: its thresholds, and the range of good images
+        for level, scale in (("image", self.score_scale), ("pixel", self.map_scale)):
+            good = scale.good if scale.is_calibrated else torch.tensor([NAN])
+            getattr(self, f"_{level}_threshold").copy_(scale.threshold)
+            getattr(self, f"{level}_min").copy_(good.min())
+            getattr(self, f"{level}_max").copy_(good.max())
+        self.made = found.promise
+        self._is_given = True
+        return found.promise
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget that there are thresholds: their weights are about to change."""
+        del trainer, pl_module
+        self._is_given = False
+
+    def on_validation_batch_end(  # type: ignore[override] # anomalib's own signature is not Lightning's
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch[Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect the score and the map's maximum of each good image."""
+        if self.threshold == "f1":
+            super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        elif self._collects(trainer):
+            self._validated.add(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate on what was collected, if there was any good image."""
+        if self.threshold == "f1":
+            super().on_validation_epoch_end(trainer, pl_module)
+        elif self._collects(trainer):
+            scores, maxima = self._validated.take(trainer.world_size)
+            if len(scores):
+                self.calibrate(scores, maxima)
+                self._is_given = False
+
+    def _collects(self, trainer: Trainer) -> bool:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        return not trainer.sanity_checking and not self._is_given and (is_fitting or not self.is_calibrated)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the thresholds promise."""
+        del trainer, pl_module
+        if self.threshold == "conformal" and self.made is not None:
+            rank_zero_info(str(self.made))
+
+    # -- what it makes of predictions -------------------------------------------------------------
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Calibrate the score and the map, and compare them with their thresholds.
+
+        Args:
+            predictions: raw ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``, or one of them.
+
+        Returns:
+            Calibrated ones, ``pred_label (N,)`` and ``pred_mask (N, 1, H, W)``; without a calibration raw ones, and
+            neither label nor mask. Without a map, or a calibration of maps, there is no mask.
+
+        Raises:
+            ValueError: if there is neither a score nor a map.
+        """
+        if self.threshold == "f1":
+            return super().forward(predictions)
+        return InferenceBatch(**self._judged(predictions.pred_score, predictions.anomaly_map))
+
+    def post_process_batch(self, batch: Batch[Any]) -> None:
+        """Do the same to a batch of ``test`` or ``predict``, in place."""
+        if self.threshold == "f1":
+            super().post_process_batch(batch)
+            return
+        for name, value in self._judged(batch.pred_score, batch.anomaly_map).items():
+            setattr(batch, name, value)
+
+    def _judged(self, score: Tensor | None, anomaly_map: Tensor | None) -> dict[str, Tensor | None]:
+        """Score, label, map and mask of raw ones."""
+        score = image_scores(score, anomaly_map)
+        if not self.is_calibrated:
+            self._warn()
+            return {"pred_score": score, "pred_label": None, "anomaly_map": anomaly_map, "pred_mask": None}
+        calibrated, calibrated_map, mask = self.score_scale(score), anomaly_map, None
+        label = calibrated > 1 - self.image_sensitivity
+        if anomaly_map is not None and self.map_scale.is_calibrated:
+            calibrated_map = self.map_scale(anomaly_map)
+            mask = calibrated_map > 1 - self.pixel_sensitivity
+            label = label | mask.flatten(1).any(1)
+        return {
+            "pred_score": calibrated if self.enable_normalization else score,
+            "pred_label": label if self.enable_thresholding else None,
+            "anomaly_map": calibrated_map if self.enable_normalization else anomaly_map,
+            "pred_mask": mask if self.enable_thresholding else None,
+        }
+
+    def _warn(self) -> None:
+        if not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = True
+            rank_zero_warn(NO_CALIBRATION)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold")
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: the arguments, and what the thresholds promise."""
+        return super().checkpoint_config() | {"made": None if self.made is None else asdict(self.made)}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore what :meth:`checkpoint_config` gave; what anomalib's own wrote has thresholds by F1."""
+        super().load_checkpoint_config({"threshold": "f1"} | config)
+        made = config.get("made")
+        self.made = None if made is None else Promise(**made)
