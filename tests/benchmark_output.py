@@ -82,6 +82,17 @@ def curves(row: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def scores(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Scores whose defective images are above the good ones as often as the row's AUROC says."""
+    good, defective = np.linspace(0, 1, 20), np.linspace(0, 1, 63) + 1 - (2 * (1 - row["image_AUROC"])) ** 0.5
+    labels = np.arange(83) >= 20
+    return {
+        "scores": np.concatenate([good, defective]),
+        "labels": labels,
+        "paths": np.array([f"{i}.png" for i in range(83)]),
+    }
+
+
 def samples(folder: Path, generator: np.random.Generator, count: int, *, masks: bool) -> dict[str, np.ndarray]:
     """Sample images with a patch of noise each, but the last, which is good; returns their true masks as floats."""
     folder.mkdir(parents=True)
@@ -144,6 +155,7 @@ def write_output(out: Path, seeds: int = 2, num_samples: int = 3) -> list[dict[s
                 (folder / "result.json").write_text(json.dumps(row))
                 if row["status"] == "done":
                     np.savez_compressed(folder / "curves.npz", **curves(row))
+                    np.savez_compressed(folder / "scores.npz", **scores(row))
                     if maps and seed == 0:
                         arrays = {name: heat(truth, quality, generator) for name, truth in truths.items()}
                         np.savez_compressed(folder / "maps.npz", lo=0.47, hi=0.8, **arrays)

@@ -13,11 +13,12 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import results
-from anomalib_csflow.benchmark.run import accuracy, build, cell, config, measure, pipeline, plan, samples, timing
+from anomalib_csflow.benchmark.run import accuracy, build, cell, config, pipeline, plan, samples, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
 REAL_NVP = {
@@ -67,7 +68,24 @@ def predictions(count: int = 20, side: int = 32) -> accuracy.Predictions:
     maps = masks + 0.3 * torch.randn(masks.shape, generator=generator)
     scores = labels + 0.3 * torch.randn(count, generator=generator)
     paths = [Path(("good", "hole", "good", "crack")[i % 4]) / f"{i:02d}.png" for i in range(count)]
-    return accuracy.Predictions(paths, measure.comparable(scores), labels, measure.comparable(maps), masks)
+    return accuracy.Predictions(paths, scores, labels, maps, masks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_ends_after_its_steps(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    steps = {key: value for key, value in REAL_NVP.items() if key != "epochs"} | {"steps": 7}
+    made = one_cell(mvtec_layout, steps)
+    folder = tmp_path / "out" / "cells" / made.slug
+    folder.mkdir(parents=True)
+    row = cell.fit(made, folder)
+    assert (row["steps"], row["epochs"]) == (7, 3)  # of 3 steps each; the last one was begun
+    with np.load(folder / "scores.npz") as kept:
+        assert list(kept["paths"]) == sorted(kept["paths"])
+        assert kept["labels"].tolist() == ["blob" in path for path in kept["paths"]]
+        assert roc_auc_score(kept["labels"], kept["scores"]) == pytest.approx(row["image_AUROC"])
+    silent = {key: value for key, value in steps.items() if key != "steps"}
+    with pytest.raises(ValueError, match="RealNVP does not say how long it trains: give it epochs or steps"):
+        cell.fit(one_cell(mvtec_layout, silent), folder)
 
 
 def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
@@ -218,6 +236,23 @@ def test_bad_data_is_said_before_the_work(entry: object, message: str) -> None:
         config.read_data(entry)
 
 
+def test_a_recipe_may_say_steps(tmp_path: Path) -> None:
+    recipe = {"model": {"class_path": "RealNVP"}, "trainer": {"max_steps": 30, "max_epochs": -1}}
+    (tmp_path / "steps.yaml").write_text(yaml.safe_dump(recipe))
+
+    def read(**changes: int) -> plan.Detector:
+        return config.read_detector({"config": "steps.yaml"} | changes, tmp_path)
+
+    assert (read().epochs, read().steps) == (None, 30)
+    assert read().length == {"max_steps": 30, "max_epochs": -1}
+    assert read(steps=5).length == {"max_steps": 5, "max_epochs": -1}
+    assert read(epochs=2).length == {"max_epochs": 2}  # in the place of the recipe's steps
+    assert read(epochs=2, steps=5).length == {"max_steps": 5, "max_epochs": 2}
+    assert plan.Detector("RealNVP").length == {}
+    seen = [read(**changes).images_seen(100) for changes in ({}, {"epochs": 2}, {"epochs": 2, "steps": 5})]
+    assert seen == [30 * 16, 200, 5 * 16]
+
+
 def test_missing_images_are_said_before_the_work(tmp_path: Path) -> None:
     entry = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "bottle"}}
     (data,) = config.read_data(entry)
@@ -274,18 +309,18 @@ def test_f1_thresholds_come_from_the_other_half() -> None:
     order = torch.tensor(sorted(range(20), key=lambda i: (bool(labels[i]), str(paths[i]))))
     scores = labels.float()
     scores[order[1::2]] += 10
-    found = accuracy.evaluate(accuracy.Predictions(paths, measure.comparable(scores), labels, None, None))
+    found = accuracy.evaluate(accuracy.Predictions(paths, scores, labels, None, None))
     assert found["image_F1"] == pytest.approx(2 / 4)  # all 5 defects of a half by 5 false alarms, none of the other's
 
 
 def test_scores_keep_their_order() -> None:
     scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0, 1e5, 1e5 + 1])
-    squashed = measure.comparable(scores)
+    squashed = accuracy.comparable(scores)
     assert (squashed.diff() > 0).all()
     assert (squashed.min(), squashed.max()) == (0, 1)
-    assert measure.comparable(torch.ones(3)).tolist() == [0, 0, 0]
+    assert accuracy.comparable(torch.ones(3)).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="not finite"):
-        measure.comparable(torch.tensor([1.0, float("nan")]))
+        accuracy.comparable(torch.tensor([1.0, float("nan")]))
 
 
 def test_samples_show_each_kind_and_a_good_image() -> None:

@@ -11,7 +11,7 @@ import pytest
 from benchmark_output import ODD
 from PIL import Image
 
-from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark import overview, standings
 from anomalib_csflow.benchmark.page import charts, drawing, pictures, report
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -105,6 +105,13 @@ def test_table_has_means_and_failures(output: Path, page: Page) -> None:
     assert chosen["AUPRO"] == pytest.approx(expected)
     assert "2 of 2" not in page.texts
     assert "1 of 2" in page.texts
+
+
+def test_all_data_sets_together(page: Page) -> None:
+    assert standings.OVER_ALL + "." in page.texts
+    assert standings.BESIDE + "." in page.texts
+    assert sum(text.endswith(" tiles") and text.startswith("0.") for text in page.texts) > 12  # the worst sets
+    assert sum(text.count("[") for text in page.texts) == 10 + 11  # not PatchCore; EfficientAD failed on one set
 
 
 def test_summary_leaves_out_failures_and_what_is_missing() -> None:

@@ -19,7 +19,7 @@ from anomalib_csflow.benchmark import results
 from anomalib_csflow.benchmark.run import config, plan
 from anomalib_csflow.benchmark.run.pipeline import CellGenerator, CellRunner
 
-SECONDS_PER_IMAGE = 0.05  # of an epoch, for a detector that has not been measured here yet: one thread of a Xeon
+SECONDS_PER_IMAGE = 0.05  # and epoch, for a detector that has not been measured here yet: one thread of a Xeon
 SECONDS_PER_CELL = 90.0  # for starting, testing, exporting and timing
 
 
@@ -54,14 +54,13 @@ def estimate(cells: list[plan.Cell], done: list[dict[str, Any]]) -> dict[str, fl
             images[cell.data.name] = count_images(cell)
     seconds = {}
     for cell in cells:
-        epochs = cell.detector.epochs or 1
         rates = [
-            row["fit_s"] / row["train_images"]
+            row["fit_s"] / cell.detector.images_seen(row["train_images"])
             for row in done
             if row["detector"] == cell.detector.name and row["status"] == "done"
         ]
-        rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE * epochs
-        seconds[cell.slug] = SECONDS_PER_CELL + rate * images[cell.data.name]
+        rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE
+        seconds[cell.slug] = SECONDS_PER_CELL + rate * cell.detector.images_seen(images[cell.data.name])
     return seconds
 
 
@@ -78,7 +77,7 @@ def run(
     """Measure detectors on data sets and make tables and a page of it.
 
     Args:
-        detectors: classes by name or import path, with init_args, name, epochs, batch sizes, note; or config, a recipe.
+        detectors: classes by name or import path, with init_args, name, epochs or steps, batch sizes, note; or recipes.
         data: folders in MVTec AD's layout, or of such; or datamodules by class_path with init_args and name.
         seeds: one cell for each.
         shared: backbone, weights, image_size and antialias, for all detectors that can take them.
@@ -109,8 +108,8 @@ def run(
     finally:
         finished = [results.read(out / "cells" / cell.slug / "result.json") for cell in cells]
         fresh = [row for row in finished if row is not None]
-        results.save(fresh, out)
-    console.print(*results.terminal(fresh), sep="\n")
+        found = results.save(fresh, out)
+    console.print(*results.terminal(fresh, found), sep="\n")
     console.print(*results.remarks(fresh), sep="\n", markup=False, highlight=False, soft_wrap=True)
     from anomalib_csflow.benchmark.page import report  # noqa: PLC0415 (what it needs was asked for above)
 
@@ -120,11 +119,11 @@ def run(
 
 def listing(cells: list[plan.Cell], seconds: dict[str, float], done: set[str]) -> Table:
     """What a dry run shows."""
-    table = Table("data", "detector", "seed", "epochs", "about, s", "state")
+    table = Table("data", "detector", "seed", "epochs", "steps", "about, s", "state")
     for cell in cells:
         state = "done" if cell.slug in done else "to do"
-        epochs = str(cell.detector.epochs or "-")
-        table.add_row(cell.data.name, cell.detector.name, str(cell.seed), epochs, f"{seconds[cell.slug]:.0f}", state)
+        lengths = [str(length or "-") for length in (cell.detector.epochs, cell.detector.steps)]
+        table.add_row(cell.data.name, cell.detector.name, str(cell.seed), *lengths, f"{seconds[cell.slug]:.0f}", state)
     return table
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from rich.table import Table
 
 from . import overview
+from .standings import BESIDE, OVER_ALL, Standing, duels, plain, standings, table
 
 FORMAT = 1
 PACKAGES = ("anomalib-csflow", "anomalib", "torch", "torchvision", "timm", "openvino")
@@ -104,12 +105,15 @@ def read(path: Path) -> dict[str, Any] | None:
     return row
 
 
-def save(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write ``results.json``, ``results.csv`` and ``results.md``."""
-    write_json(out / "results.json", {"format": FORMAT, "machine": {"processor": machine()}, "rows": list(rows)})
-    flat = pd.json_normalize(list(rows), sep=".")
-    flat.to_csv(out / "results.csv", index=False)
-    (out / "results.md").write_text(markdown(rows))
+def save(rows: Sequence[dict[str, Any]], out: Path) -> list[Standing]:
+    """Write ``results.json``, ``results.csv``, ``summary.csv`` and ``results.md``; returns the detectors' standings."""
+    found = standings(rows, overview.summary(rows), out)
+    about = {"format": FORMAT, "machine": {"processor": machine()}, "summary": plain(found)}
+    write_json(out / "results.json", about | {"rows": list(rows)})
+    pd.json_normalize(list(rows), sep=".").to_csv(out / "results.csv", index=False)
+    pd.json_normalize(plain(found), sep=".").to_csv(out / "summary.csv", index=False)
+    (out / "results.md").write_text(markdown(rows, found))
+    return found
 
 
 def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
@@ -150,9 +154,9 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(found)
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The summaries and the remarks, for a README."""
-    frames = [summary(rows, keys) for keys in TABLES.values()]
+def markdown(rows: Sequence[dict[str, Any]], found: Sequence[Standing]) -> str:
+    """Over all data sets, on each, and the remarks, for a README."""
+    frames = [table(found), duels(found), *(summary(rows, keys) for keys in TABLES.values())]
     tables = [_shown(frame).to_markdown(index=False, disable_numparse=True) for frame in frames if len(frame)]
     return "\n\n".join([*(tables or ["No cell is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
 
@@ -162,13 +166,18 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[column for column in frame.columns if not (frame[column] == overview.NONE).all()]]
 
 
-def terminal(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """The summary for a terminal, in two tables that fit into it: what is found, and what it costs."""
+def terminal(rows: Sequence[dict[str, Any]], found: Sequence[Standing]) -> list[Table]:
+    """Tables that fit into a terminal: what is found on each data set, what it costs, and all sets together."""
+    frames = {
+        f"{title}: last epoch, mean ± standard deviation over seeds": summary(rows, keys)
+        for title, keys in TABLES.items()
+    }
+    frames |= {OVER_ALL: table(found), BESIDE: duels(found)}
     tables = []
-    for title, keys in TABLES.items():
-        frame = _shown(summary(rows, keys))
-        table = Table(*frame.columns, title=f"{title}: last epoch, mean ± standard deviation over seeds")
-        for entry in frame.to_numpy():
-            table.add_row(*entry)
-        tables.append(table)
+    for title, frame in frames.items():
+        if len(frame):
+            shown = _shown(frame)
+            tables.append(Table(*shown.columns, title=title))
+            for entry in shown.to_numpy():
+                tables[-1].add_row(*entry)
     return tables

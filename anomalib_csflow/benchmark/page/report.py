@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark import overview, standings
 from anomalib_csflow.benchmark.results import FORMAT
 
 from . import comparisons, drawing, pictures, sections
@@ -91,6 +91,7 @@ def write(out: Path) -> Path:
         facts=sections.facts(rows, results.get("machine") or {}),
         settings=sections.settings(rows),
         glance=sections.glance(cells, data_sets),
+        standings=sections.frames(standings.standings(rows, cells, out)),
         table=sections.table(rows, cells),
         metrics=overview.metrics(cells),
         trades=comparisons.trades(cells, styles, data_sets),

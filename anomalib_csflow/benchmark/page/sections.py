@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark import overview, standings
 from anomalib_csflow.benchmark.overview import Cells
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def settings(rows: Sequence[Row]) -> list[dict[str, str]]:
     """How each detector was run."""
-    keys = ("class_path", "backbone", "weights", "image_size", "epochs")
+    keys = ("class_path", "backbone", "weights", "image_size", "epochs", "steps")
     return [
         {"detector": name}
         | {
@@ -110,6 +110,16 @@ def glance(cells: Cells, data_sets: Sequence[str]) -> list[dict[str, Any]]:
         if lines:
             found.append({"data": data, "lines": lines})
     return found
+
+
+def frames(found: Sequence[standings.Standing]) -> list[dict[str, Any]]:
+    """The tables over all data sets; none where there is one set alone and no PatchCore to compare with."""
+    both = {standings.OVER_ALL: standings.table(found), standings.BESIDE: standings.duels(found)}
+    return [
+        {"title": title, "columns": list(frame.columns), "rows": frame.to_numpy().tolist()}
+        for title, frame in both.items()
+        if len(frame)
+    ]
 
 
 def table(rows: Sequence[Row], cells: Cells) -> dict[str, Any]:

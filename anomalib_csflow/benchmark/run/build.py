@@ -71,5 +71,6 @@ def settings(cell: Cell, detector: AnomalibModule) -> dict[str, Any]:
         notes.append(f"images of {size[0]} x {size[1]} pixels")
     if arguments.get("antialias", True) != cell.shared.get("antialias", True) and accepts(build, "antialias"):
         notes.append(f"resized {'with' if arguments.get('antialias', True) else 'without'} antialiasing")
-    origin = type(detector).__module__.partition(".")[0]
+    classes = (kind.__module__ for kind in type(detector).__mro__ if not kind.__module__.startswith(__package__))
+    origin = next(classes).partition(".")[0]  # a baseline that is changed here is still anomalib's
     return {"origin": origin, "backbone": backbone, "weights": source, "image_size": size, "notes": notes}

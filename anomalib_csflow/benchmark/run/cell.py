@@ -37,16 +37,17 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
     seed_everything(cell.seed)
     model, data = build.model(cell), datamodule(cell)
     trainer = {"accelerator": cell.accelerator, "devices": 1}
-    epochs = {} if cell.detector.epochs is None else {"max_epochs": cell.detector.epochs}
-    if not epochs and "max_epochs" not in model.trainer_arguments:
-        msg = f"{cell.detector.name} does not say how long it trains: give it epochs in the benchmark's configuration"
+    length = cell.detector.length
+    if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
+        msg = f"{cell.detector.name} does not say how long it trains: give it epochs or steps in the configuration"
         raise ValueError(msg)
     row: dict[str, Any] = build.settings(cell, model)
     with tempfile.TemporaryDirectory() as root:
         quiet = {"enable_model_summary": False, "logger": False}
         before = cpu_seconds()
-        row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **epochs, **trainer)
-        row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb(), "epochs": model.trainer.current_epoch}
+        row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **length, **trainer)
+        row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb()}
+        row |= {"epochs": model.trainer.current_epoch, "steps": model.trainer.global_step}
         if torch.cuda.is_available():
             row["fit_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
         predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
@@ -67,6 +68,8 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
     found = accuracy.curves(predictions)
     arrays: dict[str, Any] = {name: curve.numpy() for name, curve in found.items()}
     np.savez_compressed(folder / "curves.npz", **arrays)
+    scores: dict[str, Any] = accuracy.scores(predictions)
+    np.savez_compressed(folder / "scores.npz", **scores)
     if cell.in_full:
         samples.save(predictions, folder, folder.parent.parent / "samples" / cell.data.name)
     torch.save(model.model.state_dict(), folder / "model.pt")

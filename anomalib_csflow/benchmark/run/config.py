@@ -12,6 +12,9 @@ import yaml
 
 from .plan import DataSet, Detector, accepts, import_named
 
+LENGTHS = ("epochs", "steps")
+"""What can say how long a detector trains."""
+
 
 def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
     """The entry of the configuration, if it has the known keys only."""
@@ -32,7 +35,9 @@ def _recipe(path: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(path.read_text())
     batches = recipe.get("data", {}).get("init_args", {})
     sizes = {key: batches[key] for key in ("train_batch_size", "eval_batch_size", "num_workers") if key in batches}
-    return {**recipe["model"], "epochs": recipe.get("trainer", {}).get("max_epochs"), **sizes}
+    trainer = recipe.get("trainer", {})
+    length = {name: trainer.get(f"max_{name}") for name in LENGTHS}
+    return {**recipe["model"], **{name: value for name, value in length.items() if value not in {None, -1}}, **sizes}
 
 
 def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
@@ -50,6 +55,8 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
     if "config" in values:
         path = Path(values.pop("config"))
         recipe = _recipe(path if path.is_absolute() or path.is_file() else base / path)
+        if any(name in values for name in LENGTHS):  # one of them takes the place of whatever the recipe says
+            recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
         values = recipe | values | {"init_args": recipe.get("init_args", {}) | values.get("init_args", {})}
     detector = Detector(**_checked(values, Detector, "a detector"))
     model = import_named(detector.class_path, anomalib.models, "detector")

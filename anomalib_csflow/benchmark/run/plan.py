@@ -30,7 +30,8 @@ class Detector:
             of ``anomalib.models`` will do.
         init_args: its arguments.
         name: what tables call it; default the last part of the class path.
-        epochs: epochs of training; needed where the model does not say by itself.
+        epochs: epochs of training; this or steps is needed where the model does not say by itself.
+        steps: optimizer steps of training; with epochs too, what comes first ends it.
         train_batch_size: images per step.
         eval_batch_size: images per step of the test.
         num_workers: processes that read images.
@@ -41,10 +42,24 @@ class Detector:
     init_args: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     epochs: int | None = None
+    steps: int | None = None
     train_batch_size: int = 16
     eval_batch_size: int = 16
     num_workers: int = 0
     note: str = ""
+
+    @property
+    def length(self) -> dict[str, int]:
+        """How long the trainer trains; nothing where the model is to say so."""
+        if self.steps is not None:
+            return {"max_steps": self.steps, "max_epochs": self.epochs or -1}
+        return {} if self.epochs is None else {"max_epochs": self.epochs}
+
+    def images_seen(self, images: int) -> int:
+        """Images that a fit on a training set of so many goes through."""
+        passed = [images * self.epochs] if self.epochs else []
+        passed += [min(images, self.train_batch_size) * self.steps] if self.steps else []
+        return min(passed, default=images)
 
 
 @dataclass(frozen=True)
