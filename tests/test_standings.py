@@ -14,9 +14,9 @@ LABELS = np.arange(60) % 3 > 0
 
 def left(out: Path, detector: str, data: str, seed: int, scores: np.ndarray, **figures: float) -> dict[str, Any]:
     """A run's row, with its scores in its folder."""
-    row = {"cell": f"{detector}-{data}-{seed}", "detector": detector, "data": data, "seed": seed, "status": "done"}
+    row = {"run": f"{detector}-{data}-{seed}", "detector": detector, "data": data, "seed": seed, "status": "done"}
     row |= {"class_path": f"anomalib.models.{detector.partition(' ')[0]}", "versions": {}, "fit_s": 1.0}
-    folder = out / "cells" / row["cell"]
+    folder = out / "runs" / row["run"]
     folder.mkdir(parents=True)
     paths = np.array([f"{data}/{index:02d}.png" for index in range(len(scores))])
     np.savez(folder / "scores.npz", scores=scores, labels=LABELS, paths=paths)
@@ -79,7 +79,7 @@ def test_interval_is_the_paired_bootstraps(rows: list[dict[str, Any]], tmp_path:
     ours, theirs = drawn(2, 3), drawn(1, 4)
     for name, scores in (("A", ours), ("B", theirs)):
         left(tmp_path / "pair", name, "x", 0, scores)
-    one, two = (standings.pairs(tmp_path / "pair" / "cells" / f"{name}-x-0" / "scores.npz") for name in "AB")
+    one, two = (standings.pairs(tmp_path / "pair" / "runs" / f"{name}-x-0" / "scores.npz") for name in "AB")
     found = standings.difference(one[0], two[0])
     gain, generator = one[0] - two[0], np.random.default_rng(1)
     values = [gain[generator.integers(0, 40, 40)][:, generator.integers(0, 20, 20)].mean() for _ in range(10_000)]
@@ -92,7 +92,7 @@ def test_interval_is_the_paired_bootstraps(rows: list[dict[str, Any]], tmp_path:
 
 def test_scores_of_other_images_are_not_compared(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     other = left(tmp_path, "Other", "easy", 0, drawn(2, 5))
-    path = tmp_path / "cells" / other["cell"] / "scores.npz"
+    path = tmp_path / "runs" / other["run"] / "scores.npz"
     with np.load(path) as kept:
         np.savez(path, **dict(kept) | {"paths": kept["paths"][::-1]})
     assert found_in([*rows, other], tmp_path)["Other"].differences == {}

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON per cell, and from them the tables."""
+"""Results on disk: one JSON per run, and from them the tables."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 from . import overview
 from .standings import BESIDE, OVER_ALL, Standing, duels, plain, standings, table
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("anomalib-csflow", "anomalib", "torch", "torchvision", "timm", "openvino")
 TABLES = {  # what a terminal and a README have room for; the page shows all
     "Accuracy": ("image_AUROC", "image_AP", "image_F1", "pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO"),
@@ -84,7 +84,7 @@ def _cpuinfo() -> list[str]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The result of a cell, or None where there is none.
+    """The result of a run, or None where there is none.
 
     Raises:
         ValueError: if it was written in another format or with other versions.
@@ -117,12 +117,12 @@ def save(rows: Sequence[dict[str, Any]], out: Path) -> list[Standing]:
 
 
 def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, as text; a row per data set and detector; failed cells are left out."""
-    cells = overview.summary(rows)
+    """Mean ± standard deviation over seeds, as text; a row per data set and detector; failed runs are left out."""
+    figures = overview.summary(rows)
     table = []
     for data in overview.names(rows, "data"):
-        for detector in (name for name in overview.names(rows, "detector") if (name, data) in cells):
-            spreads = cells[detector, data]
+        for detector in (name for name in overview.names(rows, "detector") if (name, data) in figures):
+            spreads = figures[detector, data]
             entry = {"data": data, "detector": detector, "seeds": str(len(spreads["fit_s"].values))}
             for key in keys:
                 column = overview.BY_KEY[key]
@@ -158,7 +158,7 @@ def markdown(rows: Sequence[dict[str, Any]], found: Sequence[Standing]) -> str:
     """Over all data sets, on each, and the remarks, for a README."""
     frames = [table(found), duels(found), *(summary(rows, keys) for keys in TABLES.values())]
     tables = [_shown(frame).to_markdown(index=False, disable_numparse=True) for frame in frames if len(frame)]
-    return "\n\n".join([*(tables or ["No cell is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
+    return "\n\n".join([*(tables or ["No run is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
 
 
 def _shown(frame: pd.DataFrame) -> pd.DataFrame:

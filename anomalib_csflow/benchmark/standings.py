@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from . import overview
-from .overview import Cells
+from .overview import Figures
 
 KEYS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 RESAMPLES = 5000
@@ -84,7 +84,7 @@ def mean_pairs(rows: Sequence[dict[str, Any]], out: Path) -> dict[tuple[str, str
     found: dict[tuple[str, str], list[Pairs]] = {}
     images: dict[str, list[str]] = {}
     for row in rows:
-        ranked = pairs(out / "cells" / row["cell"] / "scores.npz") if row["status"] == "done" else None
+        ranked = pairs(out / "runs" / row["run"] / "scores.npz") if row["status"] == "done" else None
         if ranked and ranked[1] == images.setdefault(row["data"], ranked[1]):
             found.setdefault((row["detector"], row["data"]), []).append(ranked[0])
     return {key: np.mean(of_seeds, axis=0) for key, of_seeds in found.items()}
@@ -99,12 +99,12 @@ def difference(ours: Pairs, theirs: Pairs) -> Difference:
     return Difference(float(gain.mean()), float(low), float(high))
 
 
-def standings(rows: Sequence[dict[str, Any]], cells: Cells, out: Path) -> list[Standing]:
+def standings(rows: Sequence[dict[str, Any]], figures: Figures, out: Path) -> list[Standing]:
     """All detectors that were measured, best mean image AUROC first.
 
     Args:
         rows: of the runs.
-        cells: their summary.
+        figures: their summary.
         out: the folder of the benchmark, with the runs' scores.
     """
     ranked = mean_pairs(rows, out)
@@ -117,8 +117,8 @@ def standings(rows: Sequence[dict[str, Any]], cells: Cells, out: Path) -> list[S
             better[data] = max(known, key=lambda name: ranked[name, data].mean())
     found = []
     for detector in overview.names(rows, "detector"):
-        own = {data: cells[detector, data] for data in sets if (detector, data) in cells}
-        measured = {key: {data: cell[key].mean for data, cell in own.items() if key in cell} for key in KEYS}
+        own = {data: figures[detector, data] for data in sets if (detector, data) in figures}
+        measured = {key: {data: spreads[key].mean for data, spreads in own.items() if key in spreads} for key in KEYS}
         measured = {key: values for key, values in measured.items() if values}
         means = {key: sum(values.values()) / len(values) for key, values in measured.items()}
         worsts = {key: min((value, data) for data, value in values.items()) for key, values in measured.items()}

@@ -42,9 +42,9 @@ def read(out: Path) -> dict[str, Any]:
     return results
 
 
-def cell_folders(out: Path, rows: list[Row]) -> dict[tuple[str, str, int], Path]:
-    """Folders of the cells, by detector, data and seed."""
-    return {(row["detector"], row["data"], row["seed"]): out / "cells" / row["cell"] for row in rows}
+def run_folders(out: Path, rows: list[Row]) -> dict[tuple[str, str, int], Path]:
+    """Folders of the runs, by detector, data and seed."""
+    return {(row["detector"], row["data"], row["seed"]): out / "runs" / row["run"] for row in rows}
 
 
 def curves(rows: list[Row], folders: dict[tuple[str, str, int], Path]) -> dict[tuple[str, str, str], list[Any]]:
@@ -72,11 +72,11 @@ def write(out: Path) -> Path:
     """
     results = read(out)
     rows: list[Row] = results["rows"]
-    folders = cell_folders(out, rows)
+    folders = run_folders(out, rows)
     detectors = overview.names(rows, "detector")
     data_sets = overview.names(rows, "data")
     styles = {name: drawing.Style(number) for number, name in enumerate(detectors)}
-    cells = overview.summary(rows)
+    figures = overview.summary(rows)
     page = files("anomalib_csflow.benchmark.page")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -90,15 +90,15 @@ def write(out: Path) -> Path:
         swatches={name: drawing.swatch(style) for name, style in styles.items()},
         facts=sections.facts(rows, results.get("machine") or {}),
         settings=sections.settings(rows),
-        glance=sections.glance(cells, data_sets),
-        standings=sections.frames(standings.standings(rows, cells, out)),
-        table=sections.table(rows, cells),
-        metrics=overview.metrics(cells),
-        trades=comparisons.trades(cells, styles, data_sets),
-        bars=comparisons.bars(cells, data_sets),
-        curves=comparisons.curve_charts(curves(rows, folders), cells, styles, data_sets),
+        glance=sections.glance(figures, data_sets),
+        standings=sections.frames(standings.standings(rows, figures, out)),
+        table=sections.table(rows, figures),
+        metrics=overview.metrics(figures),
+        trades=comparisons.trades(figures, styles, data_sets),
+        bars=comparisons.bars(figures, data_sets),
+        curves=comparisons.curve_charts(curves(rows, folders), figures, styles, data_sets),
         galleries=[pictures.gallery(out, data, rows, folders) for data in data_sets],
-        many_seeds=any(spread.std is not None for cell in cells.values() for spread in cell.values()),
+        many_seeds=any(spread.std is not None for own in figures.values() for spread in own.values()),
     )
     target = out / "report.html"
     part = target.with_suffix(".part")  # a reader never sees half a page

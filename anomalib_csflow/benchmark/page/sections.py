@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from anomalib_csflow.benchmark import overview, standings
-from anomalib_csflow.benchmark.overview import Cells
+from anomalib_csflow.benchmark.overview import Figures
 
 Row = dict[str, Any]
 HEADLINES = {
@@ -95,17 +95,17 @@ def settings(rows: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def glance(cells: Cells, data_sets: Sequence[str]) -> list[dict[str, Any]]:
+def glance(figures: Figures, data_sets: Sequence[str]) -> list[dict[str, Any]]:
     """The best of each data set in what matters first."""
     found = []
     for data in data_sets:
         lines = []
         for key, title in HEADLINES.items():
             column = overview.BY_KEY[key]
-            winners = overview.best(cells, data, column)
+            winners = overview.best(figures, data, column)
             if winners:
-                first = next(detector for (detector, of) in cells if of == data and detector in winners)
-                mean, _ = overview.written_spread(cells[first, data][key], column)
+                first = next(detector for (detector, of) in figures if of == data and detector in winners)
+                mean, _ = overview.written_spread(figures[first, data][key], column)
                 lines.append({"title": title, "value": mean, "who": ", ".join(sorted(winners))})
         if lines:
             found.append({"data": data, "lines": lines})
@@ -122,20 +122,20 @@ def frames(found: Sequence[standings.Standing]) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: Sequence[Row], cells: Cells) -> dict[str, Any]:
+def table(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
     """Columns, groups and rows of the summary: first what is done, by data and accuracy, then what failed."""
-    columns = overview.measured(cells, overview.COLUMNS)
+    columns = overview.measured(figures, overview.COLUMNS)
     groups: dict[str, int] = {}
     for column in columns:
         groups[column.group] = groups.get(column.group, 0) + 1
-    winners = {(data, c.key): overview.best(cells, data, c) for data in overview.names(rows, "data") for c in columns}
+    winners = {(data, c.key): overview.best(figures, data, c) for data in overview.names(rows, "data") for c in columns}
     data_order = overview.names(rows, "data")
     lines = []
-    for (detector, data), cell in cells.items():
+    for (detector, data), spreads in figures.items():
         seeds = [row for row in rows if (row["detector"], row["data"]) == (detector, data)]
         done = sum(row["status"] == "done" for row in seeds)
-        texts = [overview.written_spread(cell[c.key], c) if c.key in cell else None for c in columns]
-        values = {key: spread.mean for key, spread in cell.items()}
+        texts = [overview.written_spread(spreads[c.key], c) if c.key in spreads else None for c in columns]
+        values = {key: spread.mean for key, spread in spreads.items()}
         entry = {
             "detector": detector,
             "data": data,

@@ -12,6 +12,7 @@ import yaml
 
 from .plan import DataSet, Detector, accepts, import_named
 
+FOLDER = "anomalib.data.Folder"
 LENGTHS = ("epochs", "steps")
 """What can say how long a detector trains."""
 
@@ -72,8 +73,7 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
 def folders(root: Path) -> list[DataSet]:
     """The data sets in MVTec AD's layout at a folder or in its subfolders, nothing of whose test set is for training.
 
-    Raises:
-        FileNotFoundError: if there is none.
+    Where there is none, a single one says so as its error.
     """
     if (root / "train" / "good").is_dir():
         found = [root]
@@ -81,7 +81,7 @@ def folders(root: Path) -> list[DataSet]:
         found = sorted(path.parent.parent for path in root.glob("*/train/good"))
     if not found:
         msg = f"no data set in MVTec AD's layout (NAME/train/good, NAME/test/DEFECT) under {root.absolute()}"
-        raise FileNotFoundError(msg)
+        return [DataSet(FOLDER, name=root.absolute().name, error=msg)]
     return [_folder(path) for path in found]
 
 
@@ -92,7 +92,7 @@ def _folder(path: Path) -> DataSet:
     defects = [kind for kind in kinds if kind != "good"]
     if "good" not in kinds or not defects:
         msg = f"{test.absolute()} needs a folder good and one for each kind of defect, or there is nothing to measure"
-        raise FileNotFoundError(msg)
+        return DataSet(FOLDER, name=path.name, error=msg)
     masks = [f"ground_truth/{kind}" for kind in defects]
     arguments: dict[str, Any] = {
         "name": path.name,
@@ -104,7 +104,7 @@ def _folder(path: Path) -> DataSet:
     }
     if all((path / mask).is_dir() for mask in masks):
         arguments["mask_dir"] = masks
-    return DataSet("anomalib.data.Folder", arguments, path.name)
+    return DataSet(FOLDER, arguments, path.name)
 
 
 def read_data(entry: Mapping[str, Any] | str) -> list[DataSet]:
