@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import Row, write_json
 from anomalib_csflow.benchmark.run import accuracy, build, config, execute, plan, samples, stage, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
@@ -273,7 +274,7 @@ def test_data_that_cannot_be_had_fails_alone(mvtec_layout: Path, tmp_path: Path,
     assert seconds[runs[3].slug] > 60 > seconds[runs[0].slug]
     execute.measure_all(runs[:3], out, seconds, broken, Console(quiet=True))
     rows = command_line.read(runs, out)
-    assert [(row["data"], row["status"], row["reason"]) for row in rows] == [
+    assert [(row.data, row.status, row.reason) for row in rows] == [
         (name, "failed", broken[name]) for name in ("bottle", "empty", "nowhere")
     ]
     results.save(rows, out)
@@ -403,10 +404,12 @@ def test_heat_is_how_rare_a_pixel_is() -> None:
 def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert results.read(path) is None
-    row = {"format": results.FORMAT, "versions": results.versions(), "status": "done"}
-    results.write_json(path, row | {"fit_s": float("nan")})
-    assert results.read(path) == row | {"fit_s": None}
-    results.write_json(path, row | {"versions": row["versions"] | {"torch": "1.0"}})
+    row = Row(
+        "x", "RealNVP", "RealNVP", "tiles", 0, "done", versions=results.versions(), figures={"fit_s": float("nan")}
+    )
+    write_json(path, row.flat())
+    assert results.read(path) == replace(row, figures={"fit_s": None})
+    write_json(path, row.flat() | {"versions": row.versions | {"torch": "1.0"}})
     with pytest.raises(ValueError, match=r"measured with torch 1\.0, and here is torch"):
         results.read(path)
     path.write_text("{}")

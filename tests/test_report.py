@@ -13,6 +13,7 @@ from PIL import Image
 
 from anomalib_csflow.benchmark import overview, standings
 from anomalib_csflow.benchmark.page import charts, drawing, pictures, report
+from anomalib_csflow.benchmark.rows import Row
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -116,7 +117,7 @@ def test_all_data_sets_together(page: Page) -> None:
 
 def test_summary_leaves_out_failures_and_what_is_missing() -> None:
     rows = [
-        {"detector": "A", "data": "x", "seed": seed, "status": status, "image_AUROC": value, "AUPRO": None}
+        Row("", "A", "", "x", seed, status, figures={"image_AUROC": value, "AUPRO": None})
         for seed, status, value in [(0, "done", 0.8), (1, "done", 0.9), (2, "failed", None)]
     ]
     (spreads,) = overview.summary(rows).values()
@@ -128,7 +129,7 @@ def test_summary_leaves_out_failures_and_what_is_missing() -> None:
 
 def test_best_is_what_is_written() -> None:
     rows = [
-        {"detector": name, "data": "x", "seed": 0, "status": "done", "image_AUROC": value, "fit_s": value}
+        Row("", name, "", "x", 0, "done", figures={"image_AUROC": value, "fit_s": value})
         for name, value in {"A": 0.9801, "B": 0.9802, "C": 0.9}.items()
     ]
     figures, columns = overview.summary(rows), {column.key: column for column in overview.COLUMNS}

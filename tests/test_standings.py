@@ -1,26 +1,26 @@
 """Detectors over all data sets: means, worsts, and the paired difference from the better PatchCore."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from anomalib_csflow.benchmark import overview, results, standings
+from anomalib_csflow.benchmark.rows import Row
 
 LABELS = np.arange(60) % 3 > 0
 
 
-def left(out: Path, detector: str, data: str, seed: int, scores: np.ndarray, **figures: float) -> dict[str, Any]:
+def left(out: Path, detector: str, data: str, seed: int, scores: np.ndarray, **figures: float) -> Row:
     """A run's row, with its scores in its folder."""
-    row = {"run": f"{detector}-{data}-{seed}", "detector": detector, "data": data, "seed": seed, "status": "done"}
-    row |= {"class_path": f"anomalib.models.{detector.partition(' ')[0]}", "versions": {}, "fit_s": 1.0}
-    folder = out / "runs" / row["run"]
+    folder = out / "runs" / f"{detector}-{data}-{seed}"
     folder.mkdir(parents=True)
     paths = np.array([f"{data}/{index:02d}.png" for index in range(len(scores))])
     np.savez(folder / "scores.npz", scores=scores, labels=LABELS, paths=paths)
-    return row | {"image_AUROC": roc_auc_score(LABELS, scores)} | figures
+    figures |= {"fit_s": 1.0, "image_AUROC": roc_auc_score(LABELS, scores)}
+    class_path = f"anomalib.models.{detector.partition(' ')[0]}"
+    return Row(folder.name, detector, class_path, data, seed, "done", figures=figures)
 
 
 def drawn(quality: float, seed: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def drawn(quality: float, seed: int) -> np.ndarray:
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[dict[str, Any]]:
+def rows(tmp_path: Path) -> list[Row]:
     """Ours is far better on one set and the same as the worse PatchCore on the other; two seeds each."""
     found = []
     for seed in (0, 1):
@@ -44,14 +44,14 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def found_in(rows: list[dict[str, Any]], out: Path) -> dict[str, standings.Standing]:
+def found_in(rows: list[Row], out: Path) -> dict[str, standings.Standing]:
     listed = standings.standings(rows, overview.summary(rows), out)
     means = [standing.means["image_AUROC"] for standing in listed]
     assert means == sorted(means, reverse=True)
     return {standing.detector: standing for standing in listed}
 
 
-def test_means_and_worsts_are_of_the_means_over_seeds(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_means_and_worsts_are_of_the_means_over_seeds(rows: list[Row], tmp_path: Path) -> None:
     ours = found_in(rows, tmp_path)["CSFlow"]
     assert (ours.sets, ours.of) == (2, 2)
     assert ours.means["AUPRO"] == pytest.approx((0.95 + 0.2) / 2)
@@ -59,11 +59,11 @@ def test_means_and_worsts_are_of_the_means_over_seeds(rows: list[dict[str, Any]]
     assert "pixel_AUROC" not in ours.means
 
 
-def test_difference_is_from_the_better_patchcore_of_each_set(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_difference_is_from_the_better_patchcore_of_each_set(rows: list[Row], tmp_path: Path) -> None:
     found = found_in(rows, tmp_path)
     auroc = {}
     for row in rows:
-        auroc.setdefault((row["detector"], row["data"]), []).append(row["image_AUROC"])
+        auroc.setdefault((row.detector, row.data), []).append(row.figures["image_AUROC"])
     for data, better in {"easy": "Patchcore 16", "hard": "Patchcore 8+16"}.items():
         expected = np.mean(auroc["CSFlow", data]) - np.mean(auroc[better, data])
         difference = found["CSFlow"].differences[data]
@@ -74,7 +74,7 @@ def test_difference_is_from_the_better_patchcore_of_each_set(rows: list[dict[str
     assert found["Patchcore 16"].duel == overview.NONE
 
 
-def test_interval_is_the_paired_bootstraps(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_interval_is_the_paired_bootstraps(rows: list[Row], tmp_path: Path) -> None:
     """Against a bootstrap by hand, whose images are drawn one by one."""
     ours, theirs = drawn(2, 3), drawn(1, 4)
     for name, scores in (("A", ours), ("B", theirs)):
@@ -90,15 +90,15 @@ def test_interval_is_the_paired_bootstraps(rows: list[dict[str, Any]], tmp_path:
     assert (same.value, same.low, same.high) == (0, 0, 0)  # paired: no chance is left
 
 
-def test_scores_of_other_images_are_not_compared(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_scores_of_other_images_are_not_compared(rows: list[Row], tmp_path: Path) -> None:
     other = left(tmp_path, "Other", "easy", 0, drawn(2, 5))
-    path = tmp_path / "runs" / other["run"] / "scores.npz"
+    path = tmp_path / "runs" / other.run / "scores.npz"
     with np.load(path) as kept:
         np.savez(path, **dict(kept) | {"paths": kept["paths"][::-1]})
     assert found_in([*rows, other], tmp_path)["Other"].differences == {}
 
 
-def test_all_outputs_have_it(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_all_outputs_have_it(rows: list[Row], tmp_path: Path) -> None:
     found = results.save(rows, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 1 : 1 (1 : 1)" in text

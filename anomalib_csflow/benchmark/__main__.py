@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import Row
 from anomalib_csflow.benchmark.run import config, execute, plan
 
 SECONDS_PER_IMAGE = 0.05  # and epoch, for a detector that has not been measured here yet: one thread of a Xeon
@@ -56,14 +57,14 @@ def count_images(runs: list[plan.Run]) -> tuple[dict[str, int], dict[str, str]]:
     return images, broken
 
 
-def estimate(runs: list[plan.Run], images: dict[str, int], done: list[dict[str, Any]]) -> dict[str, float]:
+def estimate(runs: list[plan.Run], images: dict[str, int], done: list[Row]) -> dict[str, float]:
     """Seconds of each run by its slug: as the same detector's where one is done, a rough guess where none is."""
     seconds = {}
     for run in runs:
         rates = [
-            row["fit_s"] / run.detector.images_seen(row["train_images"])
+            float(row.figures["fit_s"] or 0) / run.detector.images_seen(row.train_images or 1)
             for row in done
-            if row["detector"] == run.detector.name
+            if row.detector == run.detector.name
         ]
         rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE
         known = images.get(run.data.name)
@@ -100,7 +101,7 @@ def benchmark(
     sets = [data_set for entry in entries for data_set in config.read_data(entry)]
     chosen = [config.read_detector(entry, Path()) for entry in detectors]
     runs = plan.runs(chosen, sets, seeds, shared or {}, accelerator)
-    done = {row["run"]: row for row in read(runs, out) if row["status"] == "done"}
+    done = {row.run: row for row in read(runs, out) if row.done}
     images, broken = count_images(runs)
     seconds = estimate(runs, images, list(done.values()))
     left = [run for run in runs if run.slug not in done]
@@ -125,7 +126,7 @@ def benchmark(
     console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)
 
 
-def read(runs: list[plan.Run], out: Path) -> list[dict[str, Any]]:
+def read(runs: list[plan.Run], out: Path) -> list[Row]:
     """The rows of the runs that ended, well or not."""
     found = [results.read(out / "runs" / run.slug / "result.json") for run in runs]
     return [row for row in found if row is not None]
@@ -139,7 +140,7 @@ def measure(
     broken: dict[str, str],
     console: Console,
     jobs: int,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure what is left and write the tables of all, those of a run that is cut short too; returns the rows."""
     try:
         execute.measure_all(left, out, seconds, broken, console, jobs)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
+
+from .rows import Row
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,17 @@ def written_spread(spread: Spread, column: Column) -> tuple[str, str]:
     return mean, "" if spread.std is None else f"{spread.std:,.{decimals}f}"
 
 
-def names(rows: Iterable[dict[str, Any]], key: str) -> list[str]:
+def names(rows: Iterable[Row], key: str) -> list[str]:
     """Distinct values in the order in which they come."""
-    return list(dict.fromkeys(str(row[key]) for row in rows))
+    return list(dict.fromkeys(str(getattr(row, key)) for row in rows))
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> Figures:
+def summary(rows: Sequence[Row]) -> Figures:
     """Spread over the seeds of each (detector, data), of the runs that are done; what was not measured is left out."""
-    done = [row for row in rows if row["status"] == "done"]
+    done = [row for row in rows if row.done]
     if not done:
         return {}
-    frame = pd.DataFrame(done)
+    frame = pd.DataFrame([row.flat() for row in done])
     keys = [column.key for column in COLUMNS if column.key in frame]
     frame[keys] = frame[keys].apply(pd.to_numeric) * [column.scale for column in COLUMNS if column.key in keys]
     figures: dict[tuple[str, str], dict[str, Spread]] = {}
@@ -117,13 +118,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> Figures:
     return figures
 
 
-def failures(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[str]]]:
+def failures(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[str]]]:
     """Of each (detector, data): reasons and the seeds that failed so."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
-        if row["status"] != "done":
-            reasons = found.setdefault((row["detector"], row["data"]), {})
-            reasons.setdefault(row.get("reason") or "no reason was written", []).append(str(row["seed"]))
+        if not row.done:
+            reasons = found.setdefault((row.detector, row.data), {})
+            reasons.setdefault(row.reason or "no reason was written", []).append(str(row.seed))
     return found
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import overview
 from .overview import Figures
+from .rows import Row
 
 KEYS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 RESAMPLES = 5000
@@ -79,14 +80,14 @@ def pairs(path: Path) -> tuple[Pairs, list[str]] | None:
     return (np.sign(above) + 1) / 2, paths
 
 
-def mean_pairs(rows: Sequence[dict[str, Any]], out: Path) -> dict[tuple[str, str], Pairs]:
+def mean_pairs(rows: Sequence[Row], out: Path) -> dict[tuple[str, str], Pairs]:
     """Of each (detector, data) the mean over seeds, where all runs on that set saw the same images."""
     found: dict[tuple[str, str], list[Pairs]] = {}
     images: dict[str, list[str]] = {}
     for row in rows:
-        ranked = pairs(out / "runs" / row["run"] / "scores.npz") if row["status"] == "done" else None
-        if ranked and ranked[1] == images.setdefault(row["data"], ranked[1]):
-            found.setdefault((row["detector"], row["data"]), []).append(ranked[0])
+        ranked = pairs(out / "runs" / row.run / "scores.npz") if row.done else None
+        if ranked and ranked[1] == images.setdefault(row.data, ranked[1]):
+            found.setdefault((row.detector, row.data), []).append(ranked[0])
     return {key: np.mean(of_seeds, axis=0) for key, of_seeds in found.items()}
 
 
@@ -99,7 +100,7 @@ def difference(ours: Pairs, theirs: Pairs) -> Difference:
     return Difference(float(gain.mean()), float(low), float(high))
 
 
-def standings(rows: Sequence[dict[str, Any]], figures: Figures, out: Path) -> list[Standing]:
+def standings(rows: Sequence[Row], figures: Figures, out: Path) -> list[Standing]:
     """All detectors that were measured, best mean image AUROC first.
 
     Args:
@@ -108,7 +109,7 @@ def standings(rows: Sequence[dict[str, Any]], figures: Figures, out: Path) -> li
         out: the folder of the benchmark, with the runs' scores.
     """
     ranked = mean_pairs(rows, out)
-    references = {row["detector"] for row in rows if row["class_path"].rpartition(".")[2].lower() == "patchcore"}
+    references = {row.detector for row in rows if row.class_path.rpartition(".")[2].lower() == "patchcore"}
     sets = overview.names(rows, "data")
     better: dict[str, str] = {}
     for data in sets:

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import Row, write_json
 
 from . import timing
 from .plan import Run
 
 ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception)\b.*)")  # as Python's tracebacks end, without the module
 LOG_TAIL = 20_000  # characters in which the last line of an error is looked for
-Row = dict[str, Any]
 
 
 def measure_all(
@@ -95,16 +95,13 @@ def measure(run: Run, out: Path, broken: str, env: dict[str, str]) -> Row:
     for name in ("log.txt", "fit.json", "export.json", "openvino.json"):  # of an earlier try
         (folder / name).unlink(missing_ok=True)
     run.save(folder / "run.json")
-    row: Row = {
-        "format": results.FORMAT,
+    values: dict[str, Any] = {
         "run": run.slug,
         "detector": run.detector.name,
         "class_path": run.detector.class_path,
-        "origin": None,
         "data": run.data.name,
         "seed": run.seed,
         "status": "done",
-        "reason": "",
         "notes": [],
         "machine": results.machine(),
         "versions": results.versions(),
@@ -112,19 +109,20 @@ def measure(run: Run, out: Path, broken: str, env: dict[str, str]) -> Row:
     }
     start = time.perf_counter()
     reason = broken or _stage("fit", folder, env)
-    row |= {"status": "failed", "reason": reason} if reason else _read(folder, "fit")
+    values |= {"status": "failed", "reason": reason} if reason else _read(folder, "fit")
     if not reason and run.in_full:
         reason = _stage("export", folder, env)
         exported = _read(folder, "export")
-        row |= exported | {"notes": [*row["notes"], *exported.get("notes", [])]}
-        xml = row.pop("xml", None)
+        values |= exported | {"notes": [*values["notes"], *exported.get("notes", [])]}
+        xml = values.pop("xml", None)
         if xml is not None:
-            reason = _openvino(xml, int(row["threads"]), folder, env)
-            row |= _read(folder, "openvino")
+            reason = _openvino(xml, int(values["threads"]), folder, env)
+            values |= _read(folder, "openvino")
         if reason:
-            row["notes"] = [*row["notes"], f"not timed in OpenVINO: {reason}"]
-    row |= {"run_s": time.perf_counter() - start, "finished": datetime.now(timezone.utc).isoformat("T", "seconds")}
-    results.write_json(folder / "result.json", row)
+            values["notes"] = [*values["notes"], f"not timed in OpenVINO: {reason}"]
+    values |= {"run_s": time.perf_counter() - start, "finished": datetime.now(timezone.utc).isoformat("T", "seconds")}
+    row = Row.parse(values)
+    write_json(folder / "result.json", row.flat())
     for name in ("model.pt", "batches.npz"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "exported", ignore_errors=True)
@@ -160,11 +158,11 @@ def _openvino(xml: str, threads: int, folder: Path, env: dict[str, str]) -> str:
         log.write(done.stdout + done.stderr)
     if done.returncode:
         return _reason(done.returncode, folder / "log.txt")
-    results.write_json(folder / "openvino.json", json.loads(done.stdout.splitlines()[-1]))
+    write_json(folder / "openvino.json", json.loads(done.stdout.splitlines()[-1]))
     return ""
 
 
-def _read(folder: Path, stage: str) -> Row:
+def _read(folder: Path, stage: str) -> dict[str, Any]:
     """What a stage measured; nothing where it did not get so far."""
     path = folder / f"{stage}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -182,5 +180,5 @@ def _reason(code: int, log: Path) -> str:
 
 def _said(row: Row) -> str:
     """A run's end in a line."""
-    result = f"failed: {row['reason']}" if row["status"] == "failed" else f"image AUROC {row['image_AUROC']:.3f}"
-    return f"{row['data']}, {row['detector']}, seed {row['seed']}: {result}, {row['run_s']:.0f} s"
+    result = f"failed: {row.reason}" if not row.done else f"image AUROC {row.figures['image_AUROC']:.3f}"
+    return f"{row.data}, {row.detector}, seed {row.seed}: {result}, {row.run_s:.0f} s"

@@ -15,7 +15,7 @@ import anomalib.models
 from anomalib.data import AnomalibDataModule
 
 import anomalib_csflow
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
 MAX_NAME = 80  # letters; a run's folder has two names, a seed and a digest, and a folder at most 255 bytes
 SHARED = ("backbone", "weights", "image_size", "antialias")
@@ -116,7 +116,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        results.write_json(path, asdict(self))
+        write_json(path, asdict(self))
 
 
 def import_named(name: str, home: Any, what: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
 from .accuracy import Predictions
 
@@ -73,4 +73,4 @@ def save(predictions: Predictions, run: Path, shared: Path) -> None:
                 mask.resize(small.size, Image.Resampling.NEAREST).save(shared / f"{name}_mask.png")
         paths = {name: predictions.paths[index] for name, index in chosen.items()}
         entries = [{"id": name, "kind": path.parent.name, "name": path.name} for name, path in paths.items()]
-        results.write_json(shared / "samples.json", entries)
+        write_json(shared / "samples.json", entries)

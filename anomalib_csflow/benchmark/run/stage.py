@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.onnx import OnnxExporterError
 from torchvision.transforms.v2 import Resize
 
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
 from . import accuracy, build, measure, samples, timing
 from .plan import Run, datamodule
@@ -103,7 +103,7 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
     if device == "cuda":
         row["inference_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
     row["torch_peak_mb"] = peak_mb()
-    results.write_json(folder / "export.json", row)  # stays if the export fails
+    write_json(folder / "export.json", row)  # stays if the export fails
     arrays: dict[str, Any] = {name: batch.numpy() for name, batch in batches.items()}
     np.savez(folder / "batches.npz", **arrays)
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' own, which would bury the log
     timing.end_with_parent()
     work = {"fit": fit, "export": export}[stage]
-    results.write_json(folder / f"{stage}.json", work(Run.load(folder / "run.json"), folder))
+    write_json(folder / f"{stage}.json", work(Run.load(folder / "run.json"), folder))
 
 
 if __name__ == "__main__":
