@@ -4,6 +4,8 @@ Also the share of the machine's own rate of matrix products that the forward pas
 of the plain convolutions.
 """
 
+from typing import Any
+
 import torch
 from anomalib.models.image.csflow.torch_model import ParallelGlowCouplingLayer
 from side_by_side import alternating, begin, parser, row, write
@@ -16,6 +18,7 @@ SIZES = {
     "small (208 channels, hidden 128, 8 x 8, 16 images)": (208, 128, 8, 16),
     "paper (304 channels, hidden 1024, 24 x 24, 4 images)": (304, 1024, 24, 4),
 }
+TINY = {"tiny (16 channels, hidden 8, 8 x 8, 2 images)": (16, 8, 8, 2)}
 TARGETS = {torch.float32: 1 / 1.5, torch.bfloat16: 1 / 3}
 KERNEL_SIZE = 3
 
@@ -52,9 +55,10 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     begin(arguments)
     rows = []
-    for name, (channels, hidden, side, images) in SIZES.items():
+    width = 64 if arguments.quick else 2048
+    for name, (channels, hidden, side, images) in (TINY if arguments.quick else SIZES).items():
         torch.manual_seed(0)
-        dims = [(channels, side >> s, side >> s) for s in range(3)]
+        dims: list[Any] = [(channels, side >> s, side >> s) for s in range(3)]
         pyramid = [torch.randn(images, *shape, requires_grad=True) for shape in dims]
         ours = CrossScaleCoupling(dims, hidden_channels=hidden, kernel_size=KERNEL_SIZE)
         theirs = ParallelGlowCouplingLayer(
@@ -65,7 +69,7 @@ def main() -> None:
                 if parameter.numel() <= 3:  # gamma: at 0 there would be nothing to compute
                     nn.init.constant_(parameter, 0.5)
         for dtype, target in TARGETS.items():
-            square = torch.randn(2048, 2048, dtype=dtype)
+            square = torch.randn(width, width, dtype=dtype)
             times = alternating(
                 {
                     "ours": lambda: step(ours, pyramid, dtype),  # noqa: B023 (called at once)
@@ -85,7 +89,7 @@ def main() -> None:
                     row(f"{name}: step, both in {short}", 1e3 * times["ours"], 1e3 * times["theirs alike"], None)
                 )
             rate = products(channels, hidden, side, images) / times["forward"] / 1e9
-            peak = 2 * 2048**3 / times["matmul"] / 1e9
+            peak = 2 * width**3 / times["matmul"] / 1e9
             share = rate / peak
             rows.append(
                 {
@@ -97,7 +101,7 @@ def main() -> None:
                     "met": "yes" if share >= 0.6 else "NO",
                 }
             )
-    write("coupling", rows)
+    write("coupling", rows, arguments)
 
 
 if __name__ == "__main__":

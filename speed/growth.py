@@ -18,6 +18,7 @@ import pandas as pd
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
+from matplotlib.figure import Figure
 from side_by_side import RESULTS, begin, parser, write
 from training import images
 
@@ -31,6 +32,7 @@ POINTS = {
     "hidden_channels": [64, 128, 256, 512],
     "images": [32, 64, 128, 256],
 }
+TINY = {"image_size": [128]}
 OF_PATCHCORE = ("image_size", "images")
 EPOCHS = 3
 CORESET = 0.01
@@ -68,7 +70,7 @@ def one(model: str, settings: dict[str, int]) -> dict[str, float]:
             detector = patchcore(**backbone, layers=["blocks.4"], coreset_sampling_ratio=CORESET)
         engine = Engine(
             default_root_dir=root,
-            **({"max_epochs": EPOCHS} if model == "CSFlow" else {}),
+            max_epochs=EPOCHS if model == "CSFlow" else 1,
             accelerator="cpu",
             limit_val_batches=0,
             enable_progress_bar=False,
@@ -82,18 +84,18 @@ def one(model: str, settings: dict[str, int]) -> dict[str, float]:
         return {"s": elapsed, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
-def plot(frame: pd.DataFrame) -> None:
+def plot(frame: pd.DataFrame, points: dict[str, list[int]]) -> Figure:
     """Time and memory over each setting."""
-    figure, axes = plt.subplots(2, len(POINTS), figsize=(14, 6), constrained_layout=True)
-    for column, setting in enumerate(POINTS):
+    figure, axes = plt.subplots(2, len(points), figsize=(14, 6), constrained_layout=True, squeeze=False)
+    for column, setting in enumerate(points):
         for line, unit in enumerate(("s", "MiB")):
             ax = axes[line, column]
-            for (model, points), marker in zip(
+            for (model, line_of), marker in zip(
                 frame[frame["setting"] == setting].groupby("model"), ("o-", "s--"), strict=False
             ):
-                ax.plot(points["value"], points[unit], marker, label=model)
+                ax.plot(line_of["value"], line_of[unit], marker, label=model)
             ax.set_ylim(bottom=0)
-            ax.set_xticks(POINTS[setting])
+            ax.set_xticks(points[setting])
             ax.set_xlabel(setting.replace("_", " "))
             ax.set_ylabel(
                 {"s": f"fit, s ({EPOCHS} epochs)", "MiB": "memory of the fit, MiB"}[unit] if column == 0 else ""
@@ -102,34 +104,38 @@ def plot(frame: pd.DataFrame) -> None:
             if setting in OF_PATCHCORE:
                 ax.legend()
     figure.suptitle("Fits beside PatchCore (coreset 1 %, stride 16), features cached; one setting moves at a time")
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "growth.png", dpi=110)
+    return figure
 
 
 def main() -> None:
     """Measure all points in processes of their own."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--one", nargs=2, metavar=("MODEL", "SETTINGS"), help="measure and print one point")
-    arguments = arguments.parse_args()
+    own = parser(__doc__)
+    own.add_argument("--one", nargs=2, metavar=("MODEL", "SETTINGS"), help="measure and print one point")
+    arguments = own.parse_args()
     begin(arguments)
     if arguments.one:
         sys.stdout.write(json.dumps(one(arguments.one[0], json.loads(arguments.one[1]))))
         return
     rows = []
-    for setting, values in POINTS.items():
+    points, base = (TINY, BASE | {"images": 4}) if arguments.quick else (POINTS, BASE)
+    for setting, values in points.items():
         for model in ("CSFlow", "Patchcore"):
             if model == "Patchcore" and setting not in OF_PATCHCORE:
                 continue
             for value in values:
-                settings = json.dumps(BASE | {setting: value})
+                settings = json.dumps(base | {setting: value})
                 options = [f"--threads={arguments.threads}", "--one", model, settings]
                 command = [sys.executable, "-W", "ignore", __file__, *options]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
                 measured = json.loads(output[output.rindex("{") :])
                 rows.append({"model": model, "setting": setting, "value": value} | measured)
                 sys.stderr.write(f"{rows[-1]}\n")
-    plot(pd.DataFrame(rows))
-    write("growth", [{k: f"{v:.1f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    figure = plot(pd.DataFrame(rows), points)
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        figure.savefig(RESULTS / "growth.png", dpi=110)
+    written = [{k: f"{v:.1f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+    write("growth", written, arguments)
 
 
 if __name__ == "__main__":

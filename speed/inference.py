@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-import yaml
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
@@ -27,10 +26,11 @@ from side_by_side import begin, parser, row, write
 from torchmetrics.functional.classification import binary_auroc
 from training import CONFIGS, images, their_csflow
 
-from anomalib_csflow.benchmark.__main__ import datamodule
+from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.benchmark.run.baselines import patchcore
 
 PATCHCORE_LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16, as layer2 and layer3 of its own backbone
+TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8}
 TRAINING_IMAGES = 761  # of mtd
 CORESET = 0.1
 IMPORT = (
@@ -40,7 +40,7 @@ IMPORT = (
 
 def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: str = "f32") -> tuple[Any, float]:
     """A model compiled for latency at one size of image, and the seconds that took."""
-    config = {
+    hints = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": arguments.threads,
@@ -49,7 +49,7 @@ def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: st
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape([1, 3, size, size])
-    request = core.compile_model(model, "CPU", config).create_infer_request()
+    request = core.compile_model(model, "CPU", hints).create_infer_request()
     return request, time.perf_counter() - start
 
 
@@ -91,21 +91,22 @@ def export(model: AnomalibModule, root: Path, **options: Any) -> tuple[Path, flo
     return path, time.perf_counter() - start
 
 
-def with_random_memory(model: Any, size: int) -> AnomalibModule:
+def with_random_memory(model: Any, size: int, training_images: int) -> AnomalibModule:
     """PatchCore with a memory as large as a coreset's."""
     with torch.no_grad():
         model.model.train()
         embedding = model.model(torch.rand(1, 3, size, size))
-        model.model.embedding_store.clear() if hasattr(model.model, "embedding_store") else None
-    cells, length = embedding.shape
-    model.model.memory_bank = torch.randn(int(CORESET * TRAINING_IMAGES * cells), length)
+        model.model.embedding_store.clear()
+    positions, length = embedding.shape
+    model.model.memory_bank = torch.randn(int(CORESET * training_images * positions), length)
     return model
 
 
 def scores(request: Any, data: Folder, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Image scores and labels of a test set."""
     found, labels = [], []
-    for item in data.test_data:
+    test_data: Any = data.test_data
+    for item in (test_data[index] for index in range(len(test_data))):
         pixels = torch.nn.functional.interpolate(item.image[None], (size, size), mode="bilinear")
         found.append(float(np.ravel(request.infer({0: pixels.numpy()})["pred_score"])[0]))
         labels.append(int(item.gt_label))
@@ -130,26 +131,27 @@ def import_seconds() -> tuple[float, float]:
 
 def main() -> None:
     """Fit the small recipe, export it in all ways, measure."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--data", type=Path, help="a data set in MVTec AD's layout, to fit on and to score")
-    arguments = arguments.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, help="a data set in MVTec AD's layout, to fit on and to score")
+    arguments = options.parse_args()
     begin(arguments)
-    recipe = yaml.safe_load((CONFIGS / "cs_flow_small.yaml").read_text())
-    model = recipe["model"]["init_args"]
-    size = model["image_size"]
+    recipe = config.read_detector({"config": "cs_flow_small.yaml"}, CONFIGS)
+    model = recipe.init_args | (TINY if arguments.quick else {})
+    size, count = model["image_size"], 16 if arguments.quick else 48
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if arguments.data:
-            data = datamodule(arguments.data, train_batch_size=16, eval_batch_size=16, num_workers=0)
+            (data_set,) = config.folders(arguments.data)
+            data = Folder(**data_set.init_args, train_batch_size=16, eval_batch_size=16, num_workers=0)
         else:
-            data = Folder(name="noise", root=images(root, 48, size), normal_dir="good", num_workers=0)
+            data = Folder(name="noise", root=images(root, count, size), normal_dir="good", num_workers=0)
         seed_everything(0, verbose=False)
         ours = get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": model})
-        epochs = recipe["trainer"]["max_epochs"] if arguments.data else 1
-        Engine(
-            default_root_dir=root, max_epochs=epochs, accelerator="cpu", limit_val_batches=0, enable_model_summary=False
-        ).fit(ours, datamodule=data)
+        length: dict[str, Any] = recipe.length if arguments.data else {"max_epochs": 1}
+        Engine(default_root_dir=root, **length, accelerator="cpu", limit_val_batches=0, enable_model_summary=False).fit(
+            ours, datamodule=data
+        )
 
         path, export_s = export(ours, root / "ours")
         int8, _ = export(ours, root / "int8", compression_type=CompressionType.INT8_PTQ, datamodule=data)
@@ -164,6 +166,7 @@ def main() -> None:
                     coreset_sampling_ratio=CORESET,
                 ),
                 size,
+                1 if arguments.quick else TRAINING_IMAGES,
             ),
             root / "patchcore",
             onnx_kwargs={"dynamic_shapes": None},
@@ -186,7 +189,7 @@ def main() -> None:
             row("latency: ours in 8 bits, Csflow in float32", ms["int8"], ms["csflow"], 1 / 2),
             row("latency: 8 bits, float32", ms["int8"], ms["ours"], 0.6),
         ]
-        hints = {hint: throughput(path, size, hint) for hint in ("LATENCY", "THROUGHPUT")}
+        hints = {hint: throughput(path, size, hint, 4 if arguments.quick else 64) for hint in ("LATENCY", "THROUGHPUT")}
         rows.append(
             {
                 "what": "images per second on all cores: throughput mode, latency mode",
@@ -197,8 +200,8 @@ def main() -> None:
                 "met": "",
             }
         )
-        sizes = [p.with_suffix(".bin").stat().st_size / 1e6 for p in (int8, path)]
-        rows.append(row("file: 8 bits, float32", *sizes, 0.3, "MB"))
+        small, large = (p.with_suffix(".bin").stat().st_size / 1e6 for p in (int8, path))
+        rows.append(row("file: 8 bits, float32", small, large, 0.3, "MB"))
         rows.append(row("export to OpenVINO, limit", export_s, 30, 1, "s"))
         rows.append(row("compile, limit", compile_s, 2, 1, "s"))
         rows.append(row("import after anomalib, limit", *import_seconds(), 1, "s"))
@@ -219,7 +222,7 @@ def main() -> None:
                 }
                 for name in ("ours in bfloat16", "int8")
             )
-    write("inference", rows)
+    write("inference", rows, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from anomalib_csflow.benchmark.results import machine
+from anomalib_csflow.benchmark.results import commit, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,18 +58,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     result.add_argument("--repeats", type=int, default=7)
+    result.add_argument("--quick", action="store_true", help="tiny sizes, once, nothing written: to see that it runs")
     return result
 
 
 def begin(arguments: argparse.Namespace) -> None:
     """Set the threads; keep the libraries' warnings out of the tables."""
+    if arguments.quick:
+        arguments.repeats = 1
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table, and write it with its machine, versions and commit."""
+def write(name: str, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print a table with its machine, versions and commit, and write it to the results."""
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{machine()}\n")
-    Console().print(table, machine(), sep="\n\n", soft_wrap=True)
+    packages = ", ".join(f"{package} {version}" for package, version in versions().items())
+    text = f"{table}\n\n{machine()}, threads: {arguments.threads}; {packages}; commit {commit()}"
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(f"{text}\n")
+    Console().print(text, soft_wrap=True, markup=False)

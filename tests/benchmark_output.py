@@ -15,11 +15,11 @@ POLITE = "F1 takes the threshold that is best on the test images, for every dete
 
 
 def drawn_row(detector: str, data: str, seed: int, quality: float, generator: np.random.Generator) -> dict[str, Any]:
-    """One finished cell whose figures go with a quality in (0, 1)."""
+    """One finished run whose figures go with a quality in (0, 1)."""
     noise = generator.normal(0, 0.004, 8)
     latency = 6 * 10 ** (1.4 * quality + noise[7])
     row = {
-        "format": 1,
+        "format": 2,
         "detector": detector,
         "class_path": f"anomalib_csflow.{detector}" if detector in NAMES else f"anomalib.models.{detector}",
         "origin": "anomalib_csflow" if detector in NAMES else "anomalib",
@@ -82,6 +82,17 @@ def curves(row: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def scores(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Scores whose defective images are above the good ones as often as the row's AUROC says."""
+    good, defective = np.linspace(0, 1, 20), np.linspace(0, 1, 63) + 1 - (2 * (1 - row["image_AUROC"])) ** 0.5
+    labels = np.arange(83) >= 20
+    return {
+        "scores": np.concatenate([good, defective]),
+        "labels": labels,
+        "paths": np.array([f"{i}.png" for i in range(83)]),
+    }
+
+
 def samples(folder: Path, generator: np.random.Generator, count: int, *, masks: bool) -> dict[str, np.ndarray]:
     """Sample images with a patch of noise each, but the last, which is good; returns their true masks as floats."""
     folder.mkdir(parents=True)
@@ -137,15 +148,16 @@ def write_output(out: Path, seeds: int = 2, num_samples: int = 3) -> list[dict[s
                     failed = ("format", "detector", "class_path", "origin", "data", "seed")
                     row = {key: value if key in failed else None for key, value in row.items()}
                     row |= {"status": "failed", "notes": [], "reason": f"it ran out of memory {ODD} in epoch 3."}
-                row["cell"] = f"{number}-{'tiles' if masks else 'bottle'}-{seed}"
+                row["run"] = f"{number}-{'tiles' if masks else 'bottle'}-{seed}"
                 rows.append(row)
-                folder = out / "cells" / row["cell"]
+                folder = out / "runs" / row["run"]
                 folder.mkdir(parents=True)
                 (folder / "result.json").write_text(json.dumps(row))
                 if row["status"] == "done":
                     np.savez_compressed(folder / "curves.npz", **curves(row))
+                    np.savez_compressed(folder / "scores.npz", **scores(row))
                     if maps and seed == 0:
                         arrays = {name: heat(truth, quality, generator) for name, truth in truths.items()}
                         np.savez_compressed(folder / "maps.npz", lo=0.47, hi=0.8, **arrays)
-    (out / "results.json").write_text(json.dumps({"format": 1, "machine": {"cpu": "Xeon"}, "rows": rows}))
+    (out / "results.json").write_text(json.dumps({"format": 2, "machine": {"cpu": "Xeon"}, "rows": rows}))
     return rows

@@ -95,6 +95,30 @@ def test_features_are_those_that_anomalib_finds_by_itself(
     torch.testing.assert_close(ours(images), theirs(images))
 
 
+def test_a_bounded_patchcore_keeps_so_many_vectors_and_is_still_a_patchcore(
+    baselines: ModuleType, datamodule: Folder, tmp_path: Path
+) -> None:
+    counts = {}
+    for bound in (5, 100):
+        model = baselines.patchcore(BACKBONE, "package", (64, 128), layers=["blocks.4"], max_vectors=bound)
+        assert isinstance(model, Patchcore)
+        model.model.train()
+        for _ in range(10):
+            model.model(torch.rand(1, 3, 64, 128))
+        model.fit()
+        counts[bound] = len(model.model.memory_bank)
+    assert counts == {5: 5, 100: 32}  # of 10 x 4 x 8, its own 10 %
+
+
+def test_farthest_first_is_the_greedy_selection(baselines: ModuleType) -> None:
+    vectors = torch.randn(300, 20)
+    chosen = baselines.farthest_first(vectors, 40)
+    distances = torch.cdist(vectors, vectors)
+    for count in range(1, 40):  # by anomalib's rule, from the same start
+        assert distances[:, chosen[:count]].amin(1).argmax() == chosen[count]
+    assert sorted(baselines.farthest_first(torch.ones(7, 3), 7).tolist()) == list(range(7))  # twins, each once
+
+
 @pytest.mark.parametrize(("name", "multiple"), [("csflow", 64), ("fast_flow", 16)])
 def test_sizes_that_anomalib_cannot_take_are_said(baselines: ModuleType, name: str, multiple: int) -> None:
     with pytest.raises(ValueError, match=f"multiples of {multiple} pixels with these layers, got image_size=100"):

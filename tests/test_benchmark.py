@@ -1,8 +1,11 @@
 """The benchmark and the demo, on a small scale."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +13,17 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import results
-from anomalib_csflow.benchmark.run import accuracy, build, cell, config, measure, pipeline, plan, samples, timing
+from anomalib_csflow.benchmark.rows import Row, write_json
+from anomalib_csflow.benchmark.run import accuracy, build, config, execute, plan, samples, stage, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
 REAL_NVP = {
@@ -52,9 +58,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def one_cell(root: Path, detector: dict) -> plan.Cell:
+def one_run(root: Path, detector: dict) -> plan.Run:
     (data,) = config.read_data(str(root))
-    (made,) = plan.cells([config.read_detector(detector, Path())], [data], [0], SHARED, "cpu")
+    (made,) = plan.runs([config.read_detector(detector, Path())], [data], [0], SHARED, "cpu")
     return made
 
 
@@ -67,7 +73,24 @@ def predictions(count: int = 20, side: int = 32) -> accuracy.Predictions:
     maps = masks + 0.3 * torch.randn(masks.shape, generator=generator)
     scores = labels + 0.3 * torch.randn(count, generator=generator)
     paths = [Path(("good", "hole", "good", "crack")[i % 4]) / f"{i:02d}.png" for i in range(count)]
-    return accuracy.Predictions(paths, measure.comparable(scores), labels, measure.comparable(maps), masks)
+    return accuracy.Predictions(paths, scores, labels, maps, masks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_ends_after_its_steps(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    steps = {key: value for key, value in REAL_NVP.items() if key != "epochs"} | {"steps": 7}
+    made = one_run(mvtec_layout, steps)
+    folder = tmp_path / "out" / "runs" / made.slug
+    folder.mkdir(parents=True)
+    row = stage.fit(made, folder)
+    assert (row["steps"], row["epochs"]) == (7, 3)  # of 3 steps each; the last one was begun
+    with np.load(folder / "scores.npz") as kept:
+        assert list(kept["paths"]) == sorted(kept["paths"])
+        assert kept["labels"].tolist() == ["blob" in path for path in kept["paths"]]
+        assert roc_auc_score(kept["labels"], kept["scores"]) == pytest.approx(row["image_AUROC"])
+    silent = {key: value for key, value in steps.items() if key != "steps"}
+    with pytest.raises(ValueError, match="RealNVP does not say how long it trains: give it epochs or steps"):
+        stage.fit(one_run(mvtec_layout, silent), folder)
 
 
 def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
@@ -83,10 +106,10 @@ def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "2 of 2 cells to be measured" in run("--dry_run=true")
+    assert "2 of 2 runs to be measured" in run("--dry_run")
     assert not out.exists()
     printed = run()
-    assert "2 of 2 cells" in printed
+    assert "2 of 2 runs" in printed
     assert "failed: ValueError" in printed
     assert "blocks.99" in printed
     done, failed = json.loads((out / "results.json").read_text())["rows"]
@@ -108,29 +131,29 @@ def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path:
     table = pd.read_csv(out / "results.csv")
     assert list(table["status"]) == ["done", "failed"]
     # given again, it measures only what failed
-    before = (out / "cells" / one_slug(out, "RealNVP") / "result.json").read_text()
-    assert "1 of 2 cells to be measured" in run("--dry_run=true")
-    assert "1 of 1 cells" in run()
-    assert (out / "cells" / one_slug(out, "RealNVP") / "result.json").read_text() == before
+    before = (out / "runs" / one_slug(out, "RealNVP") / "result.json").read_text()
+    assert "1 of 2 runs to be measured" in run("--dry_run")
+    assert "1 of 1 runs" in run()
+    assert (out / "runs" / one_slug(out, "RealNVP") / "result.json").read_text() == before
     # a result of another version is not mixed in
-    result = out / "cells" / one_slug(out, "RealNVP") / "result.json"
+    result = out / "runs" / one_slug(out, "RealNVP") / "result.json"
     result.write_text(json.dumps(json.loads(before) | {"format": 0}))
-    other = subprocess.run([*command, "--dry_run=true"], capture_output=True, text=True, check=False)
+    other = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
     assert other.returncode == 1
     assert other.stderr.strip().splitlines()[-1].endswith("choose another --out, or move that folder away")
 
 
 def one_slug(out: Path, name: str) -> str:
-    (folder,) = (out / "cells").glob(f"{name}-*")
+    (folder,) = (out / "runs").glob(f"{name}-*")
     return folder.name
 
 
-@pytest.mark.filterwarnings("ignore")  # a cell ignores those of anomalib's models too
-def test_cell_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
-    made = one_cell(mvtec_layout, PATCHCORE)
-    folder = tmp_path / "out" / "cells" / made.slug
+@pytest.mark.filterwarnings("ignore")  # a run ignores those of anomalib's models too
+def test_run_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    made = one_run(mvtec_layout, PATCHCORE)
+    folder = tmp_path / "out" / "runs" / made.slug
     folder.mkdir(parents=True)
-    row = cell.fit(made, folder)
+    row = stage.fit(made, folder)
     assert row["origin"] == "anomalib"
     assert (row["backbone"], row["weights"], row["image_size"], row["notes"]) == (
         "tf_efficientnet_lite0",
@@ -154,7 +177,7 @@ def test_cell_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) 
             mask = np.asarray(Image.open(mask_path).resize(maps[entry["id"]].shape[::-1])) > 0
             if mask.any():
                 assert maps[entry["id"]][mask].mean() > maps[entry["id"]][~mask].mean()
-    exported = cell.export(made, folder)
+    exported = stage.export(made, folder)
     assert exported["notes"] == ["exported for single images"]  # with so small a memory
     command = [sys.executable, timing.__file__, exported["xml"], str(folder / "batches.npz"), "1"]
     timed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -165,10 +188,10 @@ def test_cell_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) 
 @pytest.mark.filterwarnings("ignore")
 def test_a_data_set_without_masks(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
     (mvtec_layout / "textures" / "ground_truth" / "blob").unlink()
-    made = one_cell(mvtec_layout, PATCHCORE)
-    folder = tmp_path / "out" / "cells" / made.slug
+    made = one_run(mvtec_layout, PATCHCORE)
+    folder = tmp_path / "out" / "runs" / made.slug
     folder.mkdir(parents=True)
-    row = cell.fit(made, folder)
+    row = stage.fit(made, folder)
     assert row["image_AUROC"] > 0.9
     assert np.isnan(row["pixel_AUROC"])
     assert row["notes"] == ["no masks: no pixel figures"]
@@ -179,11 +202,11 @@ def test_a_data_set_without_masks(mvtec_layout: Path, tmp_path: Path, hub: Path)
 
 def test_all_get_the_same_preparation_and_differences_are_said(mvtec_layout: Path, hub: Path) -> None:
     ours = REAL_NVP | {"init_args": REAL_NVP["init_args"] | {"image_size": [64, 96], "antialias": True}}
-    made = one_cell(mvtec_layout, ours)
+    made = one_run(mvtec_layout, ours)
     found = build.settings(made, build.model(made))
     assert found["notes"] == ["images of 64 x 96 pixels", "resized with antialiasing"]
-    same = one_cell(mvtec_layout, REAL_NVP)
-    patchcore = one_cell(mvtec_layout, PATCHCORE)
+    same = one_run(mvtec_layout, REAL_NVP)
+    patchcore = one_run(mvtec_layout, PATCHCORE)
     image = torch.rand(1, 3, 200, 150)
     assert build.settings(same, build.model(same))["notes"] == []
     torch.testing.assert_close(build.model(same).pre_processor(image), build.model(patchcore).pre_processor(image))
@@ -208,7 +231,6 @@ def test_bad_detectors_are_said_before_the_work(entry: object, message: str) -> 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("no/such/folder", "no data set in MVTec AD's layout"),
         ({"class_path": "MVTec"}, "unknown datamodule 'MVTec'; is it MVTec"),
         ({"class_path": "anomalib.data.Folder", "root": "x"}, "has no key 'root'"),
     ],
@@ -218,27 +240,100 @@ def test_bad_data_is_said_before_the_work(entry: object, message: str) -> None:
         config.read_data(entry)
 
 
-def test_missing_images_are_said_before_the_work(tmp_path: Path) -> None:
-    entry = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "bottle"}}
-    (data,) = config.read_data(entry)
-    assert data.name == "bottle"
-    cells = plan.cells([config.read_detector(REAL_NVP, Path())], [data], [0], SHARED, "cpu")
-    with pytest.raises(FileNotFoundError, match=r"data set bottle: .*prepare it first"):
-        command_line.estimate(cells, [])
-    (tmp_path / "train" / "good").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="needs a folder good"):
-        config.read_data(str(tmp_path))
+def test_a_recipe_may_say_steps(tmp_path: Path) -> None:
+    recipe = {"model": {"class_path": "RealNVP"}, "trainer": {"max_steps": 30, "max_epochs": -1}}
+    (tmp_path / "steps.yaml").write_text(yaml.safe_dump(recipe))
+
+    def read(**changes: int) -> plan.Detector:
+        return config.read_detector({"config": "steps.yaml"} | changes, tmp_path)
+
+    assert (read().epochs, read().steps) == (None, 30)
+    assert read().length == {"max_steps": 30, "max_epochs": -1}
+    assert read(steps=5).length == {"max_steps": 5, "max_epochs": -1}
+    assert read(epochs=2).length == {"max_epochs": 2}  # in the place of the recipe's steps
+    assert read(epochs=2, steps=5).length == {"max_steps": 5, "max_epochs": 2}
+    assert plan.Detector("RealNVP").length == {}
+    seen = [read(**changes).images_seen(100) for changes in ({}, {"epochs": 2}, {"epochs": 2, "steps": 5})]
+    assert seen == [30 * 16, 200, 5 * 16]
+
+
+def test_data_that_cannot_be_had_fails_alone(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    (tmp_path / "empty" / "train" / "good").mkdir(parents=True)
+    missing = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "bottle"}}
+    entries = (missing, str(tmp_path / "empty"), str(tmp_path / "nowhere"), str(mvtec_layout))
+    sets = [data for entry in entries for data in config.read_data(entry)]
+    assert [data.name for data in sets] == ["bottle", "empty", "nowhere", "textures"]
+    runs = plan.runs([config.read_detector(REAL_NVP, Path())], sets, [0], SHARED, "cpu")
+    images, broken = command_line.count_images(runs)
+    assert images == {"textures": 12}
+    assert "Error" in broken["bottle"]
+    assert "needs a folder good" in broken["empty"]
+    assert "no data set in MVTec AD's layout" in broken["nowhere"]
+    out = tmp_path / "out"
+    seconds = command_line.estimate(runs, images, [])
+    assert seconds[runs[3].slug] > 60 > seconds[runs[0].slug]
+    execute.measure_all(runs[:3], out, seconds, broken, Console(quiet=True))
+    rows = command_line.read(runs, out)
+    assert [(row.data, row.status, row.reason) for row in rows] == [
+        (name, "failed", broken[name]) for name in ("bottle", "empty", "nowhere")
+    ]
+    results.save(rows, out)
+    assert "needs a folder good" in (out / "results.md").read_text()
+    with pytest.raises(
+        ValueError, match=r"data set empty: .*; data set nowhere: .*; data set bottle: "
+    ):  # then there is nothing to do
+        command_line.count_images(runs[:3])
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a" * 250, "a\\b"])
+def test_names_that_name_no_folder_are_refused(name: str, mvtec_layout: Path) -> None:
+    detector, (data,) = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
+    with pytest.raises(ValueError, match=r"data sets name folders, which .* cannot: use up to 80 letters and no slash"):
+        plan.runs([detector], [replace(data, name=name)], [0], {}, "cpu")
+    with pytest.raises(ValueError, match="detectors name folders"):
+        plan.runs([replace(detector, name=name)], [data], [0], {}, "cpu")
+    longest = replace(data, name="a" * 80)
+    (run,) = plan.runs([replace(detector, name="b" * 80)], [longest], [0], {}, "cpu")
+    assert len(run.slug) < 255
+
+
+def test_two_benchmarks_in_one_folder_are_refused(
+    mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "measure_all", lambda *_: pytest.fail("the folder is another's"))
+    with FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="another benchmark is at work in"):
+        command_line.benchmark([REAL_NVP], str(mvtec_layout), shared=SHARED, out=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="parents are known on POSIX only")
+def test_a_stage_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> None:
+    child = f"""
+import sys, time
+sys.path.insert(0, {str(Path(timing.__file__).parent)!r})
+import timing
+timing.end_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, child], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        start = time.monotonic()
+        assert parent.stdout.read() == ""  # to the end of the child, which holds the pipe open
+    assert time.monotonic() - start < 20
 
 
 def test_one_name_is_one_thing(mvtec_layout: Path) -> None:
     detector, (data,) = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
     with pytest.raises(ValueError, match="two detectors are called 'RealNVP'"):
-        plan.cells([detector, detector], [data], [0], {}, "cpu")
+        plan.runs([detector, detector], [data], [0], {}, "cpu")
     with pytest.raises(ValueError, match="two data sets are called 'textures'"):
-        plan.cells([detector], [data, data], [0], {}, "cpu")
+        plan.runs([detector], [data, data], [0], {}, "cpu")
     with pytest.raises(ValueError, match="shared has no 'layers'"):
-        plan.cells([detector], [data], [0], {"layers": []}, "cpu")
-    one, other = plan.cells([detector], [data], [0, 1], {}, "cpu")
+        plan.runs([detector], [data], [0], {"layers": []}, "cpu")
+    one, other = plan.runs([detector], [data], [0, 1], {}, "cpu")
     assert one.slug != other.slug
     assert (one.in_full, other.in_full) == (True, False)
 
@@ -274,18 +369,18 @@ def test_f1_thresholds_come_from_the_other_half() -> None:
     order = torch.tensor(sorted(range(20), key=lambda i: (bool(labels[i]), str(paths[i]))))
     scores = labels.float()
     scores[order[1::2]] += 10
-    found = accuracy.evaluate(accuracy.Predictions(paths, measure.comparable(scores), labels, None, None))
+    found = accuracy.evaluate(accuracy.Predictions(paths, scores, labels, None, None))
     assert found["image_F1"] == pytest.approx(2 / 4)  # all 5 defects of a half by 5 false alarms, none of the other's
 
 
 def test_scores_keep_their_order() -> None:
     scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0, 1e5, 1e5 + 1])
-    squashed = measure.comparable(scores)
+    squashed = accuracy.comparable(scores)
     assert (squashed.diff() > 0).all()
     assert (squashed.min(), squashed.max()) == (0, 1)
-    assert measure.comparable(torch.ones(3)).tolist() == [0, 0, 0]
+    assert accuracy.comparable(torch.ones(3)).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="not finite"):
-        measure.comparable(torch.tensor([1.0, float("nan")]))
+        accuracy.comparable(torch.tensor([1.0, float("nan")]))
 
 
 def test_samples_show_each_kind_and_a_good_image() -> None:
@@ -309,21 +404,23 @@ def test_heat_is_how_rare_a_pixel_is() -> None:
 def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert results.read(path) is None
-    row = {"format": results.FORMAT, "versions": results.versions(), "status": "done"}
-    results.write_json(path, row | {"fit_s": float("nan")})
-    assert results.read(path) == row | {"fit_s": None}
-    results.write_json(path, row | {"versions": row["versions"] | {"torch": "1.0"}})
+    row = Row(
+        "x", "RealNVP", "RealNVP", "tiles", 0, "done", versions=results.versions(), figures={"fit_s": float("nan")}
+    )
+    write_json(path, row.flat())
+    assert results.read(path) == replace(row, figures={"fit_s": None})
+    write_json(path, row.flat() | {"versions": row.versions | {"torch": "1.0"}})
     with pytest.raises(ValueError, match=r"measured with torch 1\.0, and here is torch"):
         results.read(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="of format None and this version writes 1"):
+    with pytest.raises(ValueError, match="of format None and this version writes 2"):
         results.read(path)
 
 
 def test_a_missing_extra_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "tabulate" else name)
     with pytest.raises(ModuleNotFoundError, match=r"needs tabulate: pip install 'anomalib-csflow\[benchmark\]'"):
-        command_line.run([], "x", out=tmp_path)
+        command_line.benchmark([], "x", out=tmp_path)
 
 
 def test_an_interrupt_ends_the_run_and_is_no_failure(
@@ -332,39 +429,35 @@ def test_an_interrupt_ends_the_run_and_is_no_failure(
     started = []
 
     def interrupted(command: list[str], **options: object) -> subprocess.CompletedProcess:
-        if "cell" not in command[2]:
+        if "stage" not in command[2]:
             return subprocess.CompletedProcess(command, 0, "", "")  # git's
         started.append(command)
         return subprocess.CompletedProcess(command, -2)
 
-    monkeypatch.setattr(pipeline.subprocess, "run", interrupted)
+    monkeypatch.setattr(execute.subprocess, "run", interrupted)
     detector, data = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
-    cells = plan.cells([detector], data, list(range(20)), SHARED, "cpu")
-    generator = pipeline.CellGenerator(cells, tmp_path)
+    runs = plan.runs([detector], data, list(range(20)), SHARED, "cpu")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.CellRunner(generator, {made.slug: 1.0 for made in cells}, Console(quiet=True)).run()
+        execute.measure_all(runs, tmp_path, {made.slug: 1.0 for made in runs}, {}, Console(quiet=True))
     assert len(started) < 20
     assert not list(tmp_path.rglob("result.json"))
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", "012"), ("4,6,7", "467")])
-def test_each_job_has_a_device(
-    visible: str, expected: str, mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_job_has_a_device(visible: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(pipeline.torch.cuda, "device_count", lambda: 3)
-    job = pipeline.CellJob(one_cell(mvtec_layout, REAL_NVP), tmp_path, num_jobs=4)
-    found = [job._environment(place)["CUDA_VISIBLE_DEVICES"] for place in range(4)]
+    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 3)
+    found = [execute.environment(place, jobs=4)["CUDA_VISIBLE_DEVICES"] for place in range(4)]
     assert found == [*expected, expected[0]]
 
 
 def test_reasons_are_one_sentence(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("Testing\nTraceback:\n  File x\nlightning.fabric.utilities.SomeError: it is wrong\n\n")
-    assert pipeline._reason(1, log) == "SomeError: it is wrong"
-    assert pipeline._reason(-9, log) == "killed by SIGKILL (is there enough memory?)"
+    assert execute._reason(1, log) == "SomeError: it is wrong"
+    assert execute._reason(-9, log) == "killed by SIGKILL (is there enough memory?)"
     log.write_text("no words of Python's\n")
-    assert pipeline._reason(2, log) == "no words of Python's"
+    assert execute._reason(2, log) == "no words of Python's"
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ import pytest
 from benchmark_output import ODD
 from PIL import Image
 
-from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark import overview, standings
 from anomalib_csflow.benchmark.page import charts, drawing, pictures, report
+from anomalib_csflow.benchmark.rows import Row
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -56,10 +57,10 @@ def page(output: Path) -> Page:
 
 
 def rewritten(output: Path, target: Path, change: Any) -> str:
-    """The page after a change of the rows; cells and samples stay where they are."""
+    """The page after a change of the rows; runs and samples stay where they are."""
     results = json.loads((output / "results.json").read_text())
     results["rows"] = change(results["rows"])
-    for folder in ("cells", "samples"):
+    for folder in ("runs", "samples"):
         (target / folder).symlink_to(output / folder)
     (target / "results.json").write_text(json.dumps(results))
     text = report.write(target).read_text(encoding="utf-8")
@@ -107,26 +108,33 @@ def test_table_has_means_and_failures(output: Path, page: Page) -> None:
     assert "1 of 2" in page.texts
 
 
+def test_all_data_sets_together(page: Page) -> None:
+    assert standings.OVER_ALL + "." in page.texts
+    assert standings.BESIDE + "." in page.texts
+    assert sum(text.endswith(" tiles") and text.startswith("0.") for text in page.texts) > 12  # the worst sets
+    assert sum(text.count("[") for text in page.texts) == 10 + 11  # not PatchCore; EfficientAD failed on one set
+
+
 def test_summary_leaves_out_failures_and_what_is_missing() -> None:
     rows = [
-        {"detector": "A", "data": "x", "seed": seed, "status": status, "image_AUROC": value, "AUPRO": None}
+        Row("", "A", "", "x", seed, status, figures={"image_AUROC": value, "AUPRO": None})
         for seed, status, value in [(0, "done", 0.8), (1, "done", 0.9), (2, "failed", None)]
     ]
-    (cell,) = overview.summary(rows).values()
-    assert set(cell) == {"image_AUROC"}
-    assert cell["image_AUROC"].mean == pytest.approx(0.85)
-    assert cell["image_AUROC"].std == pytest.approx(0.1 / 2**0.5)
+    (spreads,) = overview.summary(rows).values()
+    assert set(spreads) == {"image_AUROC"}
+    assert spreads["image_AUROC"].mean == pytest.approx(0.85)
+    assert spreads["image_AUROC"].std == pytest.approx(0.1 / 2**0.5)
     assert overview.failures(rows) == {("A", "x"): {"no reason was written": ["2"]}}
 
 
 def test_best_is_what_is_written() -> None:
     rows = [
-        {"detector": name, "data": "x", "seed": 0, "status": "done", "image_AUROC": value, "fit_s": value}
+        Row("", name, "", "x", 0, "done", figures={"image_AUROC": value, "fit_s": value})
         for name, value in {"A": 0.9801, "B": 0.9802, "C": 0.9}.items()
     ]
-    cells, columns = overview.summary(rows), {column.key: column for column in overview.COLUMNS}
-    assert overview.best(cells, "x", columns["image_AUROC"]) == {"A", "B"}
-    assert overview.best(cells, "x", columns["fit_s"]) == {"C"}
+    figures, columns = overview.summary(rows), {column.key: column for column in overview.COLUMNS}
+    assert overview.best(figures, "x", columns["image_AUROC"]) == {"A", "B"}
+    assert overview.best(figures, "x", columns["fit_s"]) == {"C"}
     assert overview.best(overview.summary(rows[:1]), "x", columns["fit_s"]) == set()
 
 
@@ -196,7 +204,7 @@ def decoded(uri: str) -> Image.Image:
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"format": 7, "rows": []}))
-    with pytest.raises(ValueError, match=r"results\.json has format 7 and this version reads format 1: run"):
+    with pytest.raises(ValueError, match=r"results\.json has format 7 and this version reads format 2: run"):
         report.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no results\.json in .*nothing: run"):
         report.write(tmp_path / "nothing")
@@ -209,10 +217,10 @@ def test_all_failed(output: Path, tmp_path: Path) -> None:
     text = rewritten(output, tmp_path, fail)
     assert text.count("<b>Failed</b> with seeds 0, 1: no memory") == 24
     assert 'id="trade"' not in text
-    assert "No cell left a curve." in text
+    assert "No run left a curve." in text
 
 
-def test_one_seed_one_data_set_no_cells(output: Path, tmp_path: Path) -> None:
+def test_one_seed_one_data_set_no_runs(output: Path, tmp_path: Path) -> None:
     text = rewritten(output, tmp_path, lambda rows: [r for r in rows if r["seed"] == 0 and r["data"] == "tiles"])
     assert "on 1 data set," in text
     assert " ± " not in text
@@ -222,7 +230,7 @@ def test_one_seed_one_data_set_no_cells(output: Path, tmp_path: Path) -> None:
     text = report.write(alone).read_text(encoding="utf-8")
     Page(text)
     assert "No sample images were kept for this data set." in text
-    assert "No cell left a curve." in text
+    assert "No run left a curve." in text
 
 
 def test_no_rows(output: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``python -m anomalib_csflow.benchmark --config configs/benchmark.yaml``: detectors x data sets x seeds, in one table.
 
-Each cell is measured in processes of its own and written when it is finished. The command, given again, goes on where
-it stopped, and tries cells that failed once more.
+Each run is measured in processes of its own and written when it is finished. The command, given again, goes on where
+it stopped, and tries runs that failed once more.
 """
 
 import sys
@@ -10,17 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule
-from jsonargparse import auto_cli
+from filelock import FileLock, Timeout
+from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from anomalib_csflow.benchmark import results
-from anomalib_csflow.benchmark.run import config, plan
-from anomalib_csflow.benchmark.run.pipeline import CellGenerator, CellRunner
+from anomalib_csflow.benchmark.rows import Row
+from anomalib_csflow.benchmark.run import config, execute, plan
 
-SECONDS_PER_IMAGE = 0.05  # of an epoch, for a detector that has not been measured here yet: one thread of a Xeon
-SECONDS_PER_CELL = 90.0  # for starting, testing, exporting and timing
+SECONDS_PER_IMAGE = 0.05  # and epoch, for a detector that has not been measured here yet: one thread of a Xeon
+SECONDS_PER_RUN = 90.0  # for starting, testing, exporting and timing
 
 
 def check_extra() -> None:
@@ -35,37 +35,44 @@ def check_extra() -> None:
         raise ModuleNotFoundError(msg)
 
 
-def count_images(cell: plan.Cell) -> int:
-    """Good images that a data set has for training; fails where the data cannot be had."""
-    data: AnomalibDataModule = plan.datamodule(cell)
-    try:
-        data.setup()
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
-        msg = f"data set {cell.data.name}: {error}; prepare it first, or leave it out of the benchmark"
-        raise FileNotFoundError(msg) from error
-    return len(data.train_data)
+def count_images(runs: list[plan.Run]) -> tuple[dict[str, int], dict[str, str]]:
+    """Good images for training of each data set, and what is wrong with those that cannot be had.
+
+    Raises:
+        ValueError: if none can be had.
+    """
+    images, broken = {}, {run.data.name: run.data.error for run in runs if run.data.error}
+    for run in {run.data.name: run for run in runs}.values():
+        name = run.data.name
+        if name not in broken:
+            try:
+                data = plan.datamodule(run)
+                data.setup()
+                images[name] = len(data.train_data)
+            except Exception as error:  # whatever a datamodule raises, the other data sets go on
+                broken[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if not images:
+        msg = "; ".join(f"data set {name}: {problem}" for name, problem in broken.items())
+        raise ValueError(msg)
+    return images, broken
 
 
-def estimate(cells: list[plan.Cell], done: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of each cell by its slug: those of the same detector where one is done, a rough guess where none is."""
-    images = {}
-    for cell in cells:
-        if cell.data.name not in images:
-            images[cell.data.name] = count_images(cell)
+def estimate(runs: list[plan.Run], images: dict[str, int], done: list[Row]) -> dict[str, float]:
+    """Seconds of each run by its slug: as the same detector's where one is done, a rough guess where none is."""
     seconds = {}
-    for cell in cells:
-        epochs = cell.detector.epochs or 1
+    for run in runs:
         rates = [
-            row["fit_s"] / row["train_images"]
+            float(row.figures["fit_s"] or 0) / run.detector.images_seen(row.train_images or 1)
             for row in done
-            if row["detector"] == cell.detector.name and row["status"] == "done"
+            if row.detector == run.detector.name
         ]
-        rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE * epochs
-        seconds[cell.slug] = SECONDS_PER_CELL + rate * images[cell.data.name]
+        rate = sum(rates) / len(rates) if rates else SECONDS_PER_IMAGE
+        known = images.get(run.data.name)
+        seconds[run.slug] = 1.0 if known is None else SECONDS_PER_RUN + rate * run.detector.images_seen(known)
     return seconds
 
 
-def run(
+def benchmark(
     detectors: list[dict[str, Any] | str],
     data: str | list[dict[str, Any] | str],
     seeds: list[int] = [0, 1],  # noqa: B006 (jsonargparse shows it as the default)
@@ -73,66 +80,100 @@ def run(
     accelerator: str = "auto",
     out: Path = Path("runs/benchmark"),
     jobs: int = 1,
+    *,
     dry_run: bool = False,
 ) -> None:
     """Measure detectors on data sets and make tables and a page of it.
 
     Args:
-        detectors: classes by name or import path, with init_args, name, epochs, batch sizes, note; or config, a recipe.
+        detectors: classes by name or import path, with init_args, name, epochs or steps, batch sizes, note; or recipes.
         data: folders in MVTec AD's layout, or of such; or datamodules by class_path with init_args and name.
-        seeds: one cell for each.
+        seeds: one run for each.
         shared: backbone, weights, image_size and antialias, for all detectors that can take them.
         accelerator: as Lightning names it.
-        out: folder of the results; cells that are finished there are not measured again.
-        jobs: cells at once, each on a device of its own, or with its share of the processors.
-        dry_run: list the cells with an estimate of their time and stop.
+        out: folder of the results; runs that are finished there are not measured again.
+        jobs: runs at once, each on a device of its own, or with its share of the processors.
+        dry_run: list the runs with an estimate of their time and stop.
     """
     check_extra()
     console = Console()
     entries = data if isinstance(data, list) else [data]
     sets = [data_set for entry in entries for data_set in config.read_data(entry)]
     chosen = [config.read_detector(entry, Path()) for entry in detectors]
-    cells = plan.cells(chosen, sets, seeds, shared or {}, accelerator)
-    rows = {cell.slug: results.read(out / "cells" / cell.slug / "result.json") for cell in cells}
-    done = {slug: row for slug, row in rows.items() if row is not None and row["status"] == "done"}
-    seconds = estimate(cells, list(done.values()))
-    left = [cell for cell in cells if cell.slug not in done]
+    runs = plan.runs(chosen, sets, seeds, shared or {}, accelerator)
+    done = {row.run: row for row in read(runs, out) if row.done}
+    images, broken = count_images(runs)
+    seconds = estimate(runs, images, list(done.values()))
+    left = [run for run in runs if run.slug not in done]
+    for name, problem in broken.items():
+        console.print(f"data set {name} cannot be used: {problem}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
-        console.print(listing(cells, seconds, set(done)))
-        total = sum(seconds[cell.slug] for cell in left) / jobs / 60
-        console.print(f"{len(left)} of {len(cells)} cells to be measured, about {total:.0f} minutes")
+        console.print(listing(runs, seconds, set(done)))
+        total = sum(seconds[run.slug] for run in left) / jobs / 60
+        console.print(f"{len(left)} of {len(runs)} runs to be measured, about {total:.0f} minutes")
         return
     out.mkdir(parents=True, exist_ok=True)
-    fresh: list[dict[str, Any]] = []
     try:
-        CellRunner(CellGenerator(left, out, jobs), seconds, console).run()
-    finally:
-        finished = [results.read(out / "cells" / cell.slug / "result.json") for cell in cells]
-        fresh = [row for row in finished if row is not None]
-        results.save(fresh, out)
-    console.print(*results.terminal(fresh), sep="\n")
-    console.print(*results.remarks(fresh), sep="\n", markup=False, highlight=False, soft_wrap=True)
+        with FileLock(out / "lock", blocking=False):  # the system gives it back, however this process ends
+            rows = measure(left, runs, out, seconds, broken, console, jobs)
+    except Timeout as error:
+        msg = f"another benchmark is at work in {out.absolute()}: wait for its end, or choose another --out"
+        raise ValueError(msg) from error
+    console.print(*results.remarks(rows), sep="\n", markup=False, highlight=False, soft_wrap=True)
     from anomalib_csflow.benchmark.page import report  # noqa: PLC0415 (what it needs was asked for above)
 
     page = report.write(out)
     console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)
 
 
-def listing(cells: list[plan.Cell], seconds: dict[str, float], done: set[str]) -> Table:
+def read(runs: list[plan.Run], out: Path) -> list[Row]:
+    """The rows of the runs that ended, well or not."""
+    found = [results.read(out / "runs" / run.slug / "result.json") for run in runs]
+    return [row for row in found if row is not None]
+
+
+def measure(
+    left: list[plan.Run],
+    runs: list[plan.Run],
+    out: Path,
+    seconds: dict[str, float],
+    broken: dict[str, str],
+    console: Console,
+    jobs: int,
+) -> list[Row]:
+    """Measure what is left and write the tables of all, those of a run that is cut short too; returns the rows."""
+    try:
+        execute.measure_all(left, out, seconds, broken, console, jobs)
+    finally:
+        rows = read(runs, out)
+        found = results.save(rows, out)
+    console.print(*results.terminal(rows, found), sep="\n")
+    return rows
+
+
+def listing(runs: list[plan.Run], seconds: dict[str, float], done: set[str]) -> Table:
     """What a dry run shows."""
-    table = Table("data", "detector", "seed", "epochs", "about, s", "state")
-    for cell in cells:
-        state = "done" if cell.slug in done else "to do"
-        epochs = str(cell.detector.epochs or "-")
-        table.add_row(cell.data.name, cell.detector.name, str(cell.seed), epochs, f"{seconds[cell.slug]:.0f}", state)
+    table = Table("data", "detector", "seed", "epochs", "steps", "about, s", "state")
+    for run in runs:
+        state = "done" if run.slug in done else "to do"
+        lengths = [str(length or "-") for length in (run.detector.epochs, run.detector.steps)]
+        table.add_row(run.data.name, run.detector.name, str(run.seed), *lengths, f"{seconds[run.slug]:.0f}", state)
     return table
 
 
 def main() -> None:
     """Parse the command line and run."""
     warnings.simplefilter("ignore")  # the libraries' own, which would bury the progress
+    parser = ArgumentParser(
+        prog="python -m anomalib_csflow.benchmark", description=(benchmark.__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these")
+    parser.add_function_arguments(benchmark, skip={"dry_run"})
+    parser.add_argument("--dry_run", action="store_true", help="list the runs with an estimate of their time and stop")
+    arguments = parser.instantiate_classes(parser.parse_args()).as_dict()
+    arguments.pop("config")
     try:
-        auto_cli(run, as_positional=False, prog="python -m anomalib_csflow.benchmark")
+        benchmark(**arguments)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

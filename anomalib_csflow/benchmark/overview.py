@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
+
+from .rows import Row
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Spread:
     values: tuple[float, ...]
 
 
-Cells = Mapping[tuple[str, str], Mapping[str, Spread]]
+Figures = Mapping[tuple[str, str], Mapping[str, Spread]]
 """Figures of each (detector, data), by key."""
 
 
@@ -91,56 +92,56 @@ def written_spread(spread: Spread, column: Column) -> tuple[str, str]:
     return mean, "" if spread.std is None else f"{spread.std:,.{decimals}f}"
 
 
-def names(rows: Iterable[dict[str, Any]], key: str) -> list[str]:
+def names(rows: Iterable[Row], key: str) -> list[str]:
     """Distinct values in the order in which they come."""
-    return list(dict.fromkeys(str(row[key]) for row in rows))
+    return list(dict.fromkeys(str(getattr(row, key)) for row in rows))
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> Cells:
-    """Spread over the seeds of each (detector, data), of the cells that are done; what was not measured is left out."""
-    done = [row for row in rows if row["status"] == "done"]
+def summary(rows: Sequence[Row]) -> Figures:
+    """Spread over the seeds of each (detector, data), of the runs that are done; what was not measured is left out."""
+    done = [row for row in rows if row.done]
     if not done:
         return {}
-    frame = pd.DataFrame(done)
+    frame = pd.DataFrame([row.flat() for row in done])
     keys = [column.key for column in COLUMNS if column.key in frame]
     frame[keys] = frame[keys].apply(pd.to_numeric) * [column.scale for column in COLUMNS if column.key in keys]
-    cells: dict[tuple[str, str], dict[str, Spread]] = {}
+    figures: dict[tuple[str, str], dict[str, Spread]] = {}
     for (detector, data), group in frame.groupby(["detector", "data"], sort=False):
         found = {key: group[key].dropna() for key in keys}
-        cells[detector, data] = {
+        figures[detector, data] = {
             key: Spread(
                 float(values.mean()), float(values.std()) if len(values) > 1 else None, tuple(map(float, values))
             )
             for key, values in found.items()
             if len(values)
         }
-    return cells
+    return figures
 
 
-def failures(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[str]]]:
+def failures(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[str]]]:
     """Of each (detector, data): reasons and the seeds that failed so."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
-        if row["status"] != "done":
-            reasons = found.setdefault((row["detector"], row["data"]), {})
-            reasons.setdefault(row.get("reason") or "no reason was written", []).append(str(row["seed"]))
+        if not row.done:
+            reasons = found.setdefault((row.detector, row.data), {})
+            reasons.setdefault(row.reason or "no reason was written", []).append(str(row.seed))
     return found
 
 
-def measured(cells: Cells, columns: Iterable[Column]) -> list[Column]:
-    """The columns that some cell has."""
-    return [column for column in columns if any(column.key in cell for cell in cells.values())]
+def measured(figures: Figures, columns: Iterable[Column]) -> list[Column]:
+    """The columns that some detector has."""
+    return [column for column in columns if any(column.key in own for own in figures.values())]
 
 
-def metrics(cells: Cells) -> list[Column]:
+def metrics(figures: Figures) -> list[Column]:
     """The metrics that can be chosen."""
-    return measured(cells, METRICS)
+    return measured(figures, METRICS)
 
 
-def best(cells: Cells, data: str, column: Column) -> set[str]:
+def best(figures: Figures, data: str, column: Column) -> set[str]:
     """Detectors with the best mean on one data set, as it is written; none where there is nothing to compare."""
     means = {
-        detector: cell[column.key].mean for (detector, of), cell in cells.items() if of == data and column.key in cell
+        detector: own[column.key].mean for (detector, of), own in figures.items() if of == data and column.key in own
     }
     if len(means) < 2:
         return set()

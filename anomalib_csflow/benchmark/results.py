@@ -1,22 +1,21 @@
-"""Results on disk: one JSON per cell, and from them the tables."""
+"""Results on disk: one JSON per run, and from them the tables."""
 
 import contextlib
 import json
-import math
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
 from . import overview
+from .rows import FORMAT, Row, write_json
+from .standings import BESIDE, OVER_ALL, Standing, duels, plain, standings, table
 
-FORMAT = 1
 PACKAGES = ("anomalib-csflow", "anomalib", "torch", "torchvision", "timm", "openvino")
 TABLES = {  # what a terminal and a README have room for; the page shows all
     "Accuracy": ("image_AUROC", "image_AP", "image_F1", "pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO"),
@@ -31,24 +30,6 @@ TABLES = {  # what a terminal and a README have room for; the page shows all
     ),
 }
 TITLES = {"openvino_b1_p50_ms": "OpenVINO, ms", "torch_b1_p50_ms": "torch, ms", "file_mb": "file, MB"}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write so that a reader, or a run that is killed, never sees half a file."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_plain(value), indent=1))
-    temporary.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers as JSON has them: what is no number becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def versions() -> dict[str, str]:
@@ -82,21 +63,21 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The result of a cell, or None where there is none.
+def read(path: Path) -> Row | None:
+    """The result of a run, or None where there is none.
 
     Raises:
         ValueError: if it was written in another format or with other versions.
     """
     if not path.is_file():
         return None
-    row = json.loads(path.read_text())
+    values = json.loads(path.read_text())
     remedy = "choose another --out, or move that folder away"
-    if row.get("format") != FORMAT:
-        msg = f"{path} is of format {row.get('format')!r} and this version writes {FORMAT}: {remedy}"
+    if values.get("format") != FORMAT:
+        msg = f"{path} is of format {values.get('format')!r} and this version writes {FORMAT}: {remedy}"
         raise ValueError(msg)
-    here = versions()
-    other = [f"{name} {found}" for name, found in row["versions"].items() if here.get(name) != found]
+    row, here = Row.parse(values), versions()
+    other = [f"{name} {found}" for name, found in row.versions.items() if here.get(name) != found]
     if other:
         now = ", ".join(f"{entry.split()[0]} {here.get(entry.split()[0], 'is not installed')}" for entry in other)
         msg = f"{path} was measured with {', '.join(other)}, and here is {now}: figures would not compare; {remedy}"
@@ -104,21 +85,24 @@ def read(path: Path) -> dict[str, Any] | None:
     return row
 
 
-def save(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write ``results.json``, ``results.csv`` and ``results.md``."""
-    write_json(out / "results.json", {"format": FORMAT, "machine": {"processor": machine()}, "rows": list(rows)})
-    flat = pd.json_normalize(list(rows), sep=".")
-    flat.to_csv(out / "results.csv", index=False)
-    (out / "results.md").write_text(markdown(rows))
+def save(rows: Sequence[Row], out: Path) -> list[Standing]:
+    """Write ``results.json``, ``results.csv``, ``summary.csv`` and ``results.md``; returns the detectors' standings."""
+    found = standings(rows, overview.summary(rows), out)
+    about = {"format": FORMAT, "machine": {"processor": machine()}, "summary": plain(found)}
+    write_json(out / "results.json", about | {"rows": [row.flat() for row in rows]})
+    pd.json_normalize([row.flat() for row in rows], sep=".").to_csv(out / "results.csv", index=False)
+    pd.json_normalize(plain(found), sep=".").to_csv(out / "summary.csv", index=False)
+    (out / "results.md").write_text(markdown(rows, found))
+    return found
 
 
-def summary(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, as text; a row per data set and detector; failed cells are left out."""
-    cells = overview.summary(rows)
+def summary(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds, as text; a row per data set and detector; failed runs are left out."""
+    figures = overview.summary(rows)
     table = []
     for data in overview.names(rows, "data"):
-        for detector in (name for name in overview.names(rows, "detector") if (name, data) in cells):
-            spreads = cells[detector, data]
+        for detector in (name for name in overview.names(rows, "detector") if (name, data) in figures):
+            spreads = figures[detector, data]
             entry = {"data": data, "detector": detector, "seeds": str(len(spreads["fit_s"].values))}
             for key in keys:
                 column = overview.BY_KEY[key]
@@ -133,28 +117,28 @@ def _cell(spread: overview.Spread, column: overview.Column) -> str:
     return f"{mean} ± {std}" if std else mean
 
 
-def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know: notes, failures, thresholds, machine, versions."""
     found: dict[str, None] = {}
     for row in rows:
-        for note in row.get("notes") or []:
-            found[f"{row['detector']}: {note}."] = None
+        for note in row.notes:
+            found[f"{row.detector}: {note}."] = None
     for row in rows:
-        if row["status"] == "failed":
-            found[f"{row['detector']} on {row['data']}, seed {row['seed']}, failed: {row['reason']}"] = None
+        if not row.done:
+            found[f"{row.detector} on {row.data}, seed {row.seed}, failed: {row.reason}"] = None
     for key in ("threshold", "machine", "commit"):
-        for value in dict.fromkeys(row[key] for row in rows if row.get(key)):
+        for value in dict.fromkeys(getattr(row, key) for row in rows if getattr(row, key)):
             found[f"{key.capitalize()}: {value}."] = None
-    for text in dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows):
+    for text in dict.fromkeys(", ".join(f"{k} {v}" for k, v in row.versions.items()) for row in rows):
         found[f"Versions: {text}."] = None
     return list(found)
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The summaries and the remarks, for a README."""
-    frames = [summary(rows, keys) for keys in TABLES.values()]
+def markdown(rows: Sequence[Row], found: Sequence[Standing]) -> str:
+    """Over all data sets, on each, and the remarks, for a README."""
+    frames = [table(found), duels(found), *(summary(rows, keys) for keys in TABLES.values())]
     tables = [_shown(frame).to_markdown(index=False, disable_numparse=True) for frame in frames if len(frame)]
-    return "\n\n".join([*(tables or ["No cell is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
+    return "\n\n".join([*(tables or ["No run is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
 
 
 def _shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -162,13 +146,18 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[column for column in frame.columns if not (frame[column] == overview.NONE).all()]]
 
 
-def terminal(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """The summary for a terminal, in two tables that fit into it: what is found, and what it costs."""
+def terminal(rows: Sequence[Row], found: Sequence[Standing]) -> list[Table]:
+    """Tables that fit into a terminal: what is found on each data set, what it costs, and all sets together."""
+    frames = {
+        f"{title}: last epoch, mean ± standard deviation over seeds": summary(rows, keys)
+        for title, keys in TABLES.items()
+    }
+    frames |= {OVER_ALL: table(found), BESIDE: duels(found)}
     tables = []
-    for title, keys in TABLES.items():
-        frame = _shown(summary(rows, keys))
-        table = Table(*frame.columns, title=f"{title}: last epoch, mean ± standard deviation over seeds")
-        for entry in frame.to_numpy():
-            table.add_row(*entry)
-        tables.append(table)
+    for title, frame in frames.items():
+        if len(frame):
+            shown = _shown(frame)
+            tables.append(Table(*shown.columns, title=title))
+            for entry in shown.to_numpy():
+                tables[-1].add_row(*entry)
     return tables

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anomalib_csflow.benchmark import overview
-from anomalib_csflow.benchmark.overview import Cells
+from anomalib_csflow.benchmark.overview import Figures
 
 from . import charts
 from .drawing import Style
@@ -12,23 +12,25 @@ from .drawing import Style
 LATENCY = ("openvino_b1_p50_ms", "torch_b1_p50_ms")
 
 
-def trades(cells: Cells, styles: Mapping[str, Style], data_sets: Sequence[str]) -> list[dict[str, Any]]:
+def trades(figures: Figures, styles: Mapping[str, Style], data_sets: Sequence[str]) -> list[dict[str, Any]]:
     """Charts of accuracy against latency and size: one per metric, data set and cost."""
     found = []
-    for metric in overview.metrics(cells):
+    for metric in overview.metrics(figures):
         for data in data_sets:
-            own = {detector: cell for (detector, of), cell in cells.items() if of == data and metric.key in cell}
+            own = {
+                detector: spreads for (detector, of), spreads in figures.items() if of == data and metric.key in spreads
+            }
             for cost, title, keys in (
                 ("latency", "ms per image, batch of 1 (median)", LATENCY),
                 ("size", "OpenVINO file, MB", ("file_mb",)),
             ):
                 points = []
-                for detector, cell in own.items():
-                    key = next((key for key in keys if key in cell and cell[key].mean > 0), None)
+                for detector, spreads in own.items():
+                    key = next((key for key in keys if key in spreads and spreads[key].mean > 0), None)
                     if key:
-                        gain, remark = cell[metric.key], "(torch)" if key == LATENCY[1] else ""
+                        gain, remark = spreads[metric.key], "(torch)" if key == LATENCY[1] else ""
                         points.append(
-                            charts.Point(detector, styles[detector], cell[key].mean, gain.mean, gain.std, remark)
+                            charts.Point(detector, styles[detector], spreads[key].mean, gain.mean, gain.std, remark)
                         )
                 label = f"{metric.title} against {cost} on {data}"
                 names = {point.name for point in points}
@@ -46,12 +48,16 @@ def trades(cells: Cells, styles: Mapping[str, Style], data_sets: Sequence[str]) 
     return found
 
 
-def bars(cells: Cells, data_sets: Sequence[str]) -> list[dict[str, Any]]:
+def bars(figures: Figures, data_sets: Sequence[str]) -> list[dict[str, Any]]:
     """Bars of each metric and data set, longest first; lengths and spreads in percent of a perfect score."""
     found = []
-    for metric in overview.metrics(cells):
+    for metric in overview.metrics(figures):
         for data in data_sets:
-            own = [(name, cell[metric.key]) for (name, of), cell in cells.items() if of == data and metric.key in cell]
+            own = [
+                (name, spreads[metric.key])
+                for (name, of), spreads in figures.items()
+                if of == data and metric.key in spreads
+            ]
             lines = []
             for detector, spread in sorted(own, key=lambda item: -item[1].mean):
                 mean, std = overview.written_spread(spread, metric)
@@ -71,7 +77,7 @@ def bars(cells: Cells, data_sets: Sequence[str]) -> list[dict[str, Any]]:
 
 def curve_charts(
     found: Mapping[tuple[str, str, str], list[Any]],
-    cells: Cells,
+    figures: Figures,
     styles: Mapping[str, Style],
     data_sets: Sequence[str],
 ) -> list[dict[str, Any]]:
@@ -96,9 +102,11 @@ def curve_charts(
             if any((kind, data, name) in found for name in legend)
         ]
         areas = {
-            name: [overview.written(cell[c.key].mean, c.digits) if c.key in cell else overview.NONE for c in columns]
+            name: [
+                overview.written(spreads[c.key].mean, c.digits) if c.key in spreads else overview.NONE for c in columns
+            ]
             for name in legend
-            if (cell := cells.get((name, data), {})) is not None
+            if (spreads := figures.get((name, data), {})) is not None
         }
         if drawings:
             charted.append({"data": data, "charts": drawings, "columns": columns, "areas": areas})

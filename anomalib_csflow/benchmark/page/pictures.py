@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from anomalib_csflow.benchmark import overview
+from anomalib_csflow.benchmark.rows import Row
 
 QUALITY = 78  # of the JPEGs: some 10 KB for an image of 256 pixels
 LEVELS = np.array([0.0, 0.35, 0.7, 1.0])
@@ -64,9 +65,7 @@ def overlay(image: Image.Image, values: NDArray[np.float64], mask: Image.Image |
     return data_uri(target.getvalue(), "jpeg")
 
 
-def gallery(
-    out: Path, data: str, rows: Sequence[dict[str, Any]], folders: Mapping[tuple[str, str, int], Path]
-) -> dict[str, Any]:
+def gallery(out: Path, data: str, rows: Sequence[Row], folders: Mapping[tuple[str, str, int], Path]) -> dict[str, Any]:
     """The sample images of one data set with their masks and every detector's heat map."""
     folder = out / "samples" / data
     listing = folder / "samples.json"
@@ -74,10 +73,10 @@ def gallery(
     samples = [sample for sample in listed if (folder / f"{sample['id']}.jpg").is_file()]
     maps: dict[str, dict[str, Any]] = {}
     for row in rows:  # the first seed that has maps
-        path = folders.get((row["detector"], data, row["seed"]), Path()) / "maps.npz"
-        if row["data"] == data and row["status"] == "done" and row["detector"] not in maps and path.is_file():
+        path = folders.get((row.detector, data, row.seed), Path()) / "maps.npz"
+        if row.data == data and row.done and row.detector not in maps and path.is_file():
             with np.load(path) as arrays:
-                maps[row["detector"]] = {key: arrays[key].astype(np.float64) for key in arrays}
+                maps[row.detector] = {key: arrays[key].astype(np.float64) for key in arrays}
     blocks = []
     for sample in samples:
         path, mask_path = folder / f"{sample['id']}.jpg", folder / f"{sample['id']}_mask.png"
@@ -93,6 +92,6 @@ def gallery(
             | {"mask": embedded(mask_path) if mask else "", "heats": heats}
         )
     silent = [
-        name for name in overview.names([row for row in rows if row["data"] == data], "detector") if name not in maps
+        name for name in overview.names([row for row in rows if row.data == data], "detector") if name not in maps
     ]
     return {"data": data, "blocks": blocks, "silent": silent, "masks": any(block["mask"] for block in blocks)}

@@ -12,16 +12,14 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from anomalib_csflow.benchmark import overview
-from anomalib_csflow.benchmark.results import FORMAT
+from anomalib_csflow.benchmark import overview, standings
+from anomalib_csflow.benchmark.rows import FORMAT, Row
 
 from . import comparisons, drawing, pictures, sections
 
-Row = dict[str, Any]
 
-
-def read(out: Path) -> dict[str, Any]:
-    """The benchmark's results.
+def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The benchmark's rows, and what is known of its machine.
 
     Raises:
         FileNotFoundError: if there are none in that folder.
@@ -39,24 +37,24 @@ def read(out: Path) -> dict[str, Any]:
             "run the benchmark again, or install the version that wrote it"
         )
         raise ValueError(msg)
-    return results
+    return [Row.parse(row) for row in results["rows"]], results.get("machine") or {}
 
 
-def cell_folders(out: Path, rows: list[Row]) -> dict[tuple[str, str, int], Path]:
-    """Folders of the cells, by detector, data and seed."""
-    return {(row["detector"], row["data"], row["seed"]): out / "cells" / row["cell"] for row in rows}
+def run_folders(out: Path, rows: list[Row]) -> dict[tuple[str, str, int], Path]:
+    """Folders of the runs, by detector, data and seed."""
+    return {(row.detector, row.data, row.seed): out / "runs" / row.run for row in rows}
 
 
 def curves(rows: list[Row], folders: dict[tuple[str, str, int], Path]) -> dict[tuple[str, str, str], list[Any]]:
     """Curves of every seed, by kind (roc, pro), data and detector."""
     found: dict[tuple[str, str, str], list[Any]] = {}
     for row in rows:
-        path = folders.get((row["detector"], row["data"], row["seed"]), Path()) / "curves.npz"
-        if row["status"] == "done" and path.is_file():
+        path = folders.get((row.detector, row.data, row.seed), Path()) / "curves.npz"
+        if row.done and path.is_file():
             with np.load(path) as arrays:
                 for kind in ("roc", "pro"):
                     if kind in arrays and arrays[kind].shape[1] > 1:
-                        found.setdefault((kind, row["data"], row["detector"]), []).append(arrays[kind])
+                        found.setdefault((kind, row.data, row.detector), []).append(arrays[kind])
     return found
 
 
@@ -70,13 +68,12 @@ def write(out: Path) -> Path:
         FileNotFoundError: if there are no results.
         ValueError: if they are of another format.
     """
-    results = read(out)
-    rows: list[Row] = results["rows"]
-    folders = cell_folders(out, rows)
+    rows, machine = read(out)
+    folders = run_folders(out, rows)
     detectors = overview.names(rows, "detector")
     data_sets = overview.names(rows, "data")
     styles = {name: drawing.Style(number) for number, name in enumerate(detectors)}
-    cells = overview.summary(rows)
+    figures = overview.summary(rows)
     page = files("anomalib_csflow.benchmark.page")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -88,16 +85,17 @@ def write(out: Path) -> Path:
         detectors=detectors,
         data_sets=data_sets,
         swatches={name: drawing.swatch(style) for name, style in styles.items()},
-        facts=sections.facts(rows, results.get("machine") or {}),
+        facts=sections.facts(rows, machine),
         settings=sections.settings(rows),
-        glance=sections.glance(cells, data_sets),
-        table=sections.table(rows, cells),
-        metrics=overview.metrics(cells),
-        trades=comparisons.trades(cells, styles, data_sets),
-        bars=comparisons.bars(cells, data_sets),
-        curves=comparisons.curve_charts(curves(rows, folders), cells, styles, data_sets),
+        glance=sections.glance(figures, data_sets),
+        standings=sections.frames(standings.standings(rows, figures, out)),
+        table=sections.table(rows, figures),
+        metrics=overview.metrics(figures),
+        trades=comparisons.trades(figures, styles, data_sets),
+        bars=comparisons.bars(figures, data_sets),
+        curves=comparisons.curve_charts(curves(rows, folders), figures, styles, data_sets),
         galleries=[pictures.gallery(out, data, rows, folders) for data in data_sets],
-        many_seeds=any(spread.std is not None for cell in cells.values() for spread in cell.values()),
+        many_seeds=any(spread.std is not None for own in figures.values() for spread in own.values()),
     )
     target = out / "report.html"
     part = target.with_suffix(".part")  # a reader never sees half a page

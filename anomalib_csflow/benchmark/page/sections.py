@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from anomalib_csflow.benchmark import overview
-from anomalib_csflow.benchmark.overview import Cells
+from anomalib_csflow.benchmark import overview, standings
+from anomalib_csflow.benchmark.overview import Figures
+from anomalib_csflow.benchmark.rows import Row
 
-Row = dict[str, Any]
 HEADLINES = {
     "image_AUROC": "highest image AUROC",
     "AUPRO": "highest AUPRO",
@@ -32,20 +32,21 @@ def written(value: Any) -> str:
 
 def distinct(rows: Iterable[Row], key: str) -> list[str]:
     """What rows say under a key, once each, empty answers left out."""
-    return list(dict.fromkeys(written(row[key]) for row in rows if row.get(key) not in (None, "", [], {})))
+    found = (getattr(row, key) for row in rows)
+    return list(dict.fromkeys(written(value) for value in found if value not in (None, "", [], {})))
 
 
 def facts(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, list[str]]:
     """The head: title to what is known of it, empty titles left out."""
-    done = [row for row in rows if row["status"] == "done"]
+    done = [row for row in rows if row.done]
     data = []
     for name in overview.names(rows, "data"):
-        row = next((row for row in done if row["data"] == name), {})
-        counts = [row.get(key) for key in ("train_images", "test_good", "test_defective")]
+        row = next((row for row in done if row.data == name), None)
+        counts = [row and row.train_images, row and row.test_good, row and row.test_defective]
         text = "{} good images to train on, {} good and {} defective ones to test".format(*counts)
         data.append(f"{name}: {text if None not in counts else 'nothing was measured on it'}")
     finished = sorted(distinct(rows, "finished"))
-    places = list(dict.fromkeys(f"{r['machine']}; threads: {r['threads']}; device: {r['device']}" for r in done))
+    places = list(dict.fromkeys(f"{r.machine}; threads: {r.threads}; device: {r.device}" for r in done))
     found = {
         "Data": data,
         "Seeds": [", ".join(sorted(overview.names(rows, "seed"), key=int))],
@@ -65,12 +66,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What is not the same for all: each note once, with the detectors and data sets that it is about."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        for note in row.get("notes") or []:
-            of = found.setdefault(note, {}).setdefault(row["detector"], [])
-            if row["data"] not in of:
-                of.append(row["data"])
+        for note in row.notes:
+            of = found.setdefault(note, {}).setdefault(row.detector, [])
+            if row.data not in of:
+                of.append(row.data)
     ran = {
-        name: overview.names((r for r in rows if r["detector"] == name), "data")
+        name: overview.names((r for r in rows if r.detector == name), "data")
         for name in overview.names(rows, "detector")
     }
     lines = []
@@ -84,48 +85,58 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def settings(rows: Sequence[Row]) -> list[dict[str, str]]:
     """How each detector was run."""
-    keys = ("class_path", "backbone", "weights", "image_size", "epochs")
+    keys = ("class_path", "backbone", "weights", "image_size", "epochs", "steps")
     return [
         {"detector": name}
         | {
-            key: " / ".join(distinct((row for row in rows if row["detector"] == name), key)) or overview.NONE
+            key: " / ".join(distinct((row for row in rows if row.detector == name), key)) or overview.NONE
             for key in keys
         }
         for name in overview.names(rows, "detector")
     ]
 
 
-def glance(cells: Cells, data_sets: Sequence[str]) -> list[dict[str, Any]]:
+def glance(figures: Figures, data_sets: Sequence[str]) -> list[dict[str, Any]]:
     """The best of each data set in what matters first."""
     found = []
     for data in data_sets:
         lines = []
         for key, title in HEADLINES.items():
             column = overview.BY_KEY[key]
-            winners = overview.best(cells, data, column)
+            winners = overview.best(figures, data, column)
             if winners:
-                first = next(detector for (detector, of) in cells if of == data and detector in winners)
-                mean, _ = overview.written_spread(cells[first, data][key], column)
+                first = next(detector for (detector, of) in figures if of == data and detector in winners)
+                mean, _ = overview.written_spread(figures[first, data][key], column)
                 lines.append({"title": title, "value": mean, "who": ", ".join(sorted(winners))})
         if lines:
             found.append({"data": data, "lines": lines})
     return found
 
 
-def table(rows: Sequence[Row], cells: Cells) -> dict[str, Any]:
+def frames(found: Sequence[standings.Standing]) -> list[dict[str, Any]]:
+    """The tables over all data sets; none where there is one set alone and no PatchCore to compare with."""
+    both = {standings.OVER_ALL: standings.table(found), standings.BESIDE: standings.duels(found)}
+    return [
+        {"title": title, "columns": list(frame.columns), "rows": frame.to_numpy().tolist()}
+        for title, frame in both.items()
+        if len(frame)
+    ]
+
+
+def table(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
     """Columns, groups and rows of the summary: first what is done, by data and accuracy, then what failed."""
-    columns = overview.measured(cells, overview.COLUMNS)
+    columns = overview.measured(figures, overview.COLUMNS)
     groups: dict[str, int] = {}
     for column in columns:
         groups[column.group] = groups.get(column.group, 0) + 1
-    winners = {(data, c.key): overview.best(cells, data, c) for data in overview.names(rows, "data") for c in columns}
+    winners = {(data, c.key): overview.best(figures, data, c) for data in overview.names(rows, "data") for c in columns}
     data_order = overview.names(rows, "data")
     lines = []
-    for (detector, data), cell in cells.items():
-        seeds = [row for row in rows if (row["detector"], row["data"]) == (detector, data)]
-        done = sum(row["status"] == "done" for row in seeds)
-        texts = [overview.written_spread(cell[c.key], c) if c.key in cell else None for c in columns]
-        values = {key: spread.mean for key, spread in cell.items()}
+    for (detector, data), spreads in figures.items():
+        seeds = [row for row in rows if (row.detector, row.data) == (detector, data)]
+        done = sum(row.done for row in seeds)
+        texts = [overview.written_spread(spreads[c.key], c) if c.key in spreads else None for c in columns]
+        values = {key: spread.mean for key, spread in spreads.items()}
         entry = {
             "detector": detector,
             "data": data,

@@ -1,7 +1,7 @@
 """How good scores and maps are, by anomalib's metrics, and the curves behind them."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPIMO, AUPRO, AUROC
-from matplotlib import pyplot as plt
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_average_precision,
@@ -26,9 +26,25 @@ PIXELS_FOR_F1 = 20_000_000
 AUPIMO_THRESHOLDS = 30_000  # its default of 300,000 takes a minute and 6 GB for 600 images
 
 
+def comparable(values: Tensor) -> Tensor:
+    """Scores or maps of a whole test set, to [0, 1] by one rising line, so that their ranking stays as it is.
+
+    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts larger
+    scores through a sigmoid that rounds to 1: both tie scores that differ.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    if not values.isfinite().all():
+        msg = "the scores are not finite (NaN or infinity): lower the learning rate or clip the gradients"
+        raise ValueError(msg)
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of a test set.
+    """What a model says of a test set, as it says it.
 
     Args:
         paths: the images.
@@ -60,6 +76,11 @@ class Predictions:
         """Whether there are maps and masks to compare."""
         return self.maps is not None and self.masks is not None and bool(self.masks.any())
 
+    def comparable(self) -> "Predictions":
+        """The same with scores and maps in [0, 1]: the metrics would squash others."""
+        maps = None if self.maps is None else comparable(self.maps)
+        return replace(self, scores=comparable(self.scores), maps=maps)
+
     def batch(self) -> ImageBatch:
         """All images as one batch of anomalib's, whose metrics read it; the images themselves are left out."""
         image = torch.zeros(len(self.paths), 3, 1, 1)
@@ -70,6 +91,7 @@ class Predictions:
 
 def evaluate(predictions: Predictions) -> dict[str, float]:
     """All metrics, shares of 1; NaN for pixels where there are no maps or no masks."""
+    predictions = predictions.comparable()
     batch = predictions.batch()
     values = dict.fromkeys((*IMAGE_METRICS, *PIXEL_METRICS), float("nan"))
     values["image_AUROC"] = _value(AUROC(fields=["pred_score", "gt_label"]), batch)
@@ -120,16 +142,24 @@ def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
 
 def curves(predictions: Predictions) -> dict[str, Tensor]:
     """ROC of the images and PRO of the pixels, each (2, K): false positive rate, and true positive rate or overlap."""
+    predictions = predictions.comparable()
     fpr, tpr, _ = binary_roc(predictions.scores, predictions.labels.int())
     found = {"roc": torch.stack([fpr, tpr])}
     if predictions.has_pixels:
         metric = AUPRO(fields=["anomaly_map", "gt_mask"])
         metric.update(predictions.batch())
-        figure, _ = metric.generate_figure()
-        drawn = [torch.as_tensor(np.asarray(line.get_xydata()), dtype=torch.float32) for line in figure.axes[0].lines]
-        found["pro"] = max(drawn, key=len).T
-        plt.close(figure)
+        found["pro"] = torch.stack(metric._compute())  # its public way to the curve is a figure
     return {name: _thinned(curve) for name, curve in found.items()}
+
+
+def scores(predictions: Predictions) -> dict[str, NDArray[Any]]:
+    """Image scores as the model gives them and labels, in the order of the paths, which stand beside them."""
+    order = sorted(range(len(predictions.paths)), key=lambda i: predictions.paths[i])
+    return {
+        "scores": predictions.scores[order].numpy(),
+        "labels": predictions.labels[order].numpy(),
+        "paths": np.array([str(predictions.paths[i]) for i in order]),
+    }
 
 
 def _thinned(curve: Tensor) -> Tensor:

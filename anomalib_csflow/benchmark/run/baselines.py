@@ -178,6 +178,52 @@ def padim(
         return Padim(backbone, list(layers), pre_processor=_pre_processor(backbone, image_size, antialias), **options)
 
 
+def farthest_first(vectors: Tensor, count: int) -> Tensor:
+    """Indices of a greedy k-centre selection: after one at random, always the vector farthest from all chosen ones.
+
+    Anomalib's rule, on the vectors themselves: its sampler first makes 300 and more random sums of their 100 to 200
+    numbers, and writes all differences from the last centre to memory. One product with the centre does instead.
+
+    Args:
+        vectors: (N, D).
+        count: how many, at most N.
+
+    Returns:
+        (count,), all different.
+    """
+    squares = vectors.square().sum(1)
+    nearest = torch.full_like(squares, torch.inf)  # squared distance to the nearest chosen one
+    chosen = torch.empty(count, dtype=torch.long, device=vectors.device)
+    index = torch.randint(len(vectors), (), device=vectors.device)
+    for place in range(count):
+        chosen[place] = index
+        distances = torch.addmv(squares, vectors, vectors[index], alpha=-2).add_(squares[index])
+        torch.minimum(nearest, distances, out=nearest)
+        nearest[index] = -torch.inf  # where all others are its twins, it is not chosen again
+        index = nearest.argmax()
+    return chosen
+
+
+class BoundedPatchcore(Patchcore):
+    """Anomalib's PatchCore with a bound on its memory: a share of hundreds of images takes hours to choose.
+
+    Args:
+        max_vectors: the most that the memory keeps, where the coreset's ratio gives more.
+        options: anomalib's own.
+    """
+
+    def __init__(self, max_vectors: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.max_vectors = max_vectors
+
+    def fit(self) -> None:
+        """Choose the memory from all features that were collected."""
+        vectors = torch.vstack(self.model.embedding_store)
+        self.model.embedding_store.clear()
+        count = min(max(1, int(len(vectors) * self.coreset_sampling_ratio)), self.max_vectors)
+        self.model.memory_bank = vectors[farthest_first(vectors, count)]
+
+
 def patchcore(
     backbone: str,
     weights: str,
@@ -185,8 +231,12 @@ def patchcore(
     antialias: bool = True,
     *,
     layers: Sequence[str],
+    max_vectors: int | None = None,
     **options: Any,
 ) -> Patchcore:
-    """Anomalib's PatchCore; options are its own."""
+    """Anomalib's PatchCore; options are its own, max_vectors bounds its memory (see :class:`BoundedPatchcore`)."""
+    options |= {"layers": layers, "pre_processor": _pre_processor(backbone, image_size, antialias)}
     with _extractor(patchcore_model, _NamedLayers(backbone, weights, layers)):
-        return Patchcore(backbone, layers, pre_processor=_pre_processor(backbone, image_size, antialias), **options)
+        if max_vectors is None:
+            return Patchcore(backbone, **options)
+        return BoundedPatchcore(max_vectors, backbone=backbone, **options)

@@ -1,4 +1,4 @@
-"""A cell's model: the same weights, size and pre-processing for all as far as a model can take them, and where not."""
+"""A run's model: the same weights, size and pre-processing for all as far as a model can take them, and where not."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_csflow.features import weights
 
-from .plan import Cell, accepts, import_named
+from .plan import Run, accepts, import_named
 
 
-def model(cell: Cell) -> AnomalibModule:
-    """The cell's model: its own arguments, and of the shared settings those that its constructor takes.
+def model(run: Run) -> AnomalibModule:
+    """The run's model: its own arguments, and of the shared settings those that its constructor takes.
 
     Anomalib's own models know no ``weights`` and no ``image_size``: package weights are put where timm finds them,
     and the size goes into a pre-processor with the normalization that the backbone was trained with.
     """
-    build, arguments = _call(cell)
-    own, shared = cell.detector.init_args, cell.shared
+    build, arguments = _call(run)
+    own, shared = run.detector.init_args, run.shared
     backbone = arguments.get("backbone")
     if backbone is not None and not accepts(build, "weights") and shared.get("weights") == "package":
         weights.install(backbone)
@@ -32,11 +32,11 @@ def model(cell: Cell) -> AnomalibModule:
     return build(**arguments)
 
 
-def _call(cell: Cell) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What builds the cell's model, with its own arguments and those of the shared ones that it takes."""
-    build = import_named(cell.detector.class_path, anomalib.models, "detector")
-    shared = {key: value for key, value in cell.shared.items() if accepts(build, key)}
-    return build, shared | cell.detector.init_args
+def _call(run: Run) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What builds the run's model, with its own arguments and those of the shared ones that it takes."""
+    build = import_named(run.detector.class_path, anomalib.models, "detector")
+    shared = {key: value for key, value in run.shared.items() if accepts(build, key)}
+    return build, shared | run.detector.init_args
 
 
 def pair(size: int | Sequence[int]) -> list[int]:
@@ -53,23 +53,24 @@ def image_size(detector: AnomalibModule) -> list[int] | None:
     return None
 
 
-def settings(cell: Cell, detector: AnomalibModule) -> dict[str, Any]:
+def settings(run: Run, detector: AnomalibModule) -> dict[str, Any]:
     """Backbone, weights and size as the model has them, and sentences on what is not as for the others."""
-    build, arguments = _call(cell)
+    build, arguments = _call(run)
     backbone = arguments.get("backbone")
-    notes = [cell.detector.note] if cell.detector.note else []
+    notes = [run.detector.note] if run.detector.note else []
     if backbone is None:
         notes.append("a backbone and pre-processing of its own")
-    elif "backbone" in cell.shared and backbone != cell.shared["backbone"]:
+    elif "backbone" in run.shared and backbone != run.shared["backbone"]:
         notes.append(f"backbone {backbone}")
-    source = arguments.get("weights", cell.shared.get("weights") if backbone else None)
-    if source != cell.shared.get("weights") and backbone:
+    source = arguments.get("weights", run.shared.get("weights") if backbone else None)
+    if source != run.shared.get("weights") and backbone:
         notes.append(f"weights {source}")
     size = image_size(detector)
-    wanted = cell.shared.get("image_size")
+    wanted = run.shared.get("image_size")
     if wanted is not None and size is not None and size != pair(wanted):
         notes.append(f"images of {size[0]} x {size[1]} pixels")
-    if arguments.get("antialias", True) != cell.shared.get("antialias", True) and accepts(build, "antialias"):
+    if arguments.get("antialias", True) != run.shared.get("antialias", True) and accepts(build, "antialias"):
         notes.append(f"resized {'with' if arguments.get('antialias', True) else 'without'} antialiasing")
-    origin = type(detector).__module__.partition(".")[0]
+    classes = (kind.__module__ for kind in type(detector).__mro__ if not kind.__module__.startswith(__package__))
+    origin = next(classes).partition(".")[0]  # a baseline that is changed here is still anomalib's
     return {"origin": origin, "backbone": backbone, "weights": source, "image_size": size, "notes": notes}

@@ -12,6 +12,10 @@ import yaml
 
 from .plan import DataSet, Detector, accepts, import_named
 
+FOLDER = "anomalib.data.Folder"
+LENGTHS = ("epochs", "steps")
+"""What can say how long a detector trains."""
+
 
 def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
     """The entry of the configuration, if it has the known keys only."""
@@ -32,7 +36,9 @@ def _recipe(path: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(path.read_text())
     batches = recipe.get("data", {}).get("init_args", {})
     sizes = {key: batches[key] for key in ("train_batch_size", "eval_batch_size", "num_workers") if key in batches}
-    return {**recipe["model"], "epochs": recipe.get("trainer", {}).get("max_epochs"), **sizes}
+    trainer = recipe.get("trainer", {})
+    length = {name: trainer.get(f"max_{name}") for name in LENGTHS}
+    return {**recipe["model"], **{name: value for name, value in length.items() if value not in {None, -1}}, **sizes}
 
 
 def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
@@ -50,6 +56,8 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
     if "config" in values:
         path = Path(values.pop("config"))
         recipe = _recipe(path if path.is_absolute() or path.is_file() else base / path)
+        if any(name in values for name in LENGTHS):  # one of them takes the place of whatever the recipe says
+            recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
         values = recipe | values | {"init_args": recipe.get("init_args", {}) | values.get("init_args", {})}
     detector = Detector(**_checked(values, Detector, "a detector"))
     model = import_named(detector.class_path, anomalib.models, "detector")
@@ -65,8 +73,7 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
 def folders(root: Path) -> list[DataSet]:
     """The data sets in MVTec AD's layout at a folder or in its subfolders, nothing of whose test set is for training.
 
-    Raises:
-        FileNotFoundError: if there is none.
+    Where there is none, a single one says so as its error.
     """
     if (root / "train" / "good").is_dir():
         found = [root]
@@ -74,7 +81,7 @@ def folders(root: Path) -> list[DataSet]:
         found = sorted(path.parent.parent for path in root.glob("*/train/good"))
     if not found:
         msg = f"no data set in MVTec AD's layout (NAME/train/good, NAME/test/DEFECT) under {root.absolute()}"
-        raise FileNotFoundError(msg)
+        return [DataSet(FOLDER, name=root.absolute().name, error=msg)]
     return [_folder(path) for path in found]
 
 
@@ -85,7 +92,7 @@ def _folder(path: Path) -> DataSet:
     defects = [kind for kind in kinds if kind != "good"]
     if "good" not in kinds or not defects:
         msg = f"{test.absolute()} needs a folder good and one for each kind of defect, or there is nothing to measure"
-        raise FileNotFoundError(msg)
+        return DataSet(FOLDER, name=path.name, error=msg)
     masks = [f"ground_truth/{kind}" for kind in defects]
     arguments: dict[str, Any] = {
         "name": path.name,
@@ -97,7 +104,7 @@ def _folder(path: Path) -> DataSet:
     }
     if all((path / mask).is_dir() for mask in masks):
         arguments["mask_dir"] = masks
-    return DataSet("anomalib.data.Folder", arguments, path.name)
+    return DataSet(FOLDER, arguments, path.name)
 
 
 def read_data(entry: Mapping[str, Any] | str) -> list[DataSet]:

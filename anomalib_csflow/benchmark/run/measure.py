@@ -21,22 +21,6 @@ from anomalib_csflow.engine.feature_cache import FeatureCache
 from .accuracy import Predictions
 
 
-def comparable(values: Tensor) -> Tensor:
-    """Scores or maps of a whole test set, to [0, 1] by one rising line, so that their ranking stays as it is.
-
-    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts larger
-    scores through a sigmoid that rounds to 1: both tie scores that differ.
-
-    Raises:
-        ValueError: if a value is not finite.
-    """
-    if not values.isfinite().all():
-        msg = "the scores are not finite (NaN or infinity): lower the learning rate or clip the gradients"
-        raise ValueError(msg)
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
-
-
 class _Collector(Callback):
     """Keeps what a test predicts."""
 
@@ -61,9 +45,9 @@ class _Collector(Callback):
         maps = maps.flatten(1, -3) if maps is not None and maps.ndim > 3 else maps
         return Predictions(
             paths,
-            comparable(scores.flatten().float()),
+            scores.flatten().float(),
             labels.flatten().bool(),
-            None if maps is None else comparable(maps.float()),
+            None if maps is None else maps.float(),
             None if masks is None else masks.bool(),
         )
 

@@ -15,8 +15,9 @@ import anomalib.models
 from anomalib.data import AnomalibDataModule
 
 import anomalib_csflow
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
+MAX_NAME = 80  # letters; a run's folder has two names, a seed and a digest, and a folder at most 255 bytes
 SHARED = ("backbone", "weights", "image_size", "antialias")
 """What the detectors of a benchmark have in common; each is given those that its constructor takes."""
 
@@ -30,7 +31,8 @@ class Detector:
             of ``anomalib.models`` will do.
         init_args: its arguments.
         name: what tables call it; default the last part of the class path.
-        epochs: epochs of training; needed where the model does not say by itself.
+        epochs: epochs of training; this or steps is needed where the model does not say by itself.
+        steps: optimizer steps of training; with epochs too, what comes first ends it.
         train_batch_size: images per step.
         eval_batch_size: images per step of the test.
         num_workers: processes that read images.
@@ -41,23 +43,45 @@ class Detector:
     init_args: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     epochs: int | None = None
+    steps: int | None = None
     train_batch_size: int = 16
     eval_batch_size: int = 16
     num_workers: int = 0
     note: str = ""
 
+    @property
+    def length(self) -> dict[str, int]:
+        """How long the trainer trains; nothing where the model is to say so."""
+        if self.steps is not None:
+            return {"max_steps": self.steps, "max_epochs": self.epochs or -1}
+        return {} if self.epochs is None else {"max_epochs": self.epochs}
+
+    def images_seen(self, images: int) -> int:
+        """Images that a fit on a training set of so many goes through."""
+        passed = [images * self.epochs] if self.epochs else []
+        passed += [min(images, self.train_batch_size) * self.steps] if self.steps else []
+        return min(passed, default=images)
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set of a benchmark: a datamodule by its import path, or by its name in ``anomalib.data``."""
+    """One data set of a benchmark: a datamodule by its import path, or by its name in ``anomalib.data``.
+
+    Args:
+        class_path: the datamodule.
+        init_args: its arguments.
+        name: what tables and folders call it.
+        error: what is wrong with it, if that is known before it is read.
+    """
 
     class_path: str
     init_args: dict[str, Any] = field(default_factory=dict)
     name: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """A detector on a data set with a seed: what one row of the table measures.
 
     Args:
@@ -78,21 +102,21 @@ class Cell:
 
     @property
     def slug(self) -> str:
-        """The folder of the cell's results: names for people, a digest of all settings for resuming."""
+        """The folder of the run's results: names for people, a digest of all settings for resuming."""
         names = f"{self.detector.name}-{self.data.name}-{self.seed}"
         plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in names)
         settings = json.dumps(asdict(self), sort_keys=True, default=str)
         return f"{plain}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     @classmethod
-    def load(cls, path: Path) -> "Cell":
-        """The cell that was written by :meth:`save`."""
+    def load(cls, path: Path) -> "Run":
+        """The run that was written by :meth:`save`."""
         values = json.loads(path.read_text())
         return cls(**values | {"detector": Detector(**values["detector"]), "data": DataSet(**values["data"])})
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        results.write_json(path, asdict(self))
+        write_json(path, asdict(self))
 
 
 def import_named(name: str, home: Any, what: str) -> Callable[..., Any]:
@@ -125,36 +149,43 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def datamodule(cell: Cell) -> AnomalibDataModule:
-    """Anomalib's datamodule of a cell, with the detector's batch sizes."""
-    build = import_named(cell.data.class_path, anomalib.data, "datamodule")
-    sizes = {key: getattr(cell.detector, key) for key in ("train_batch_size", "eval_batch_size", "num_workers")}
-    return build(**sizes | cell.data.init_args)
+def datamodule(run: Run) -> AnomalibDataModule:
+    """Anomalib's datamodule of a run, with the detector's batch sizes."""
+    build = import_named(run.data.class_path, anomalib.data, "datamodule")
+    sizes = {key: getattr(run.detector, key) for key in ("train_batch_size", "eval_batch_size", "num_workers")}
+    return build(**sizes | run.data.init_args)
 
 
-def cells(
+def runs(
     detectors: Sequence[Detector],
     data: Sequence[DataSet],
     seeds: Sequence[int],
     shared: dict[str, Any],
     accelerator: str,
-) -> list[Cell]:
-    """All cells, seed by seed; those of the first seed are measured in full.
+) -> list[Run]:
+    """All runs, seed by seed; those of the first seed are measured in full.
 
     Raises:
-        ValueError: for two detectors or data sets of one name, or a shared setting that is none.
+        ValueError: for two detectors or data sets of one name, a name that no folder can have, or an unknown shared
+            setting.
     """
     for what, names in (("detectors", [d.name for d in detectors]), ("data sets", [d.name for d in data])):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             msg = f"benchmark: two {what} are called {min(twice)!r}: give each a name"
             raise ValueError(msg)
+        wrong = [name for name in names if len(name) > MAX_NAME or name in {"", ".", ".."} or set(name) & set("/\\\0")]
+        if wrong:
+            msg = (
+                f"benchmark: {what} name folders, which {wrong[0]!r} cannot: use up to {MAX_NAME} letters and no slash"
+            )
+            raise ValueError(msg)
     unknown = [key for key in shared if key not in SHARED]
     if unknown:
         msg = f"benchmark: shared has no {unknown[0]!r}; it has {', '.join(SHARED)}"
         raise ValueError(msg)
     return [
-        Cell(detector, data_set, seed, shared, accelerator, in_full=seed == seeds[0])
+        Run(detector, data_set, seed, shared, accelerator, in_full=seed == seeds[0])
         for seed in seeds  # the first for all, so that a run that is cut short has measured everything once
         for data_set in data
         for detector in detectors

@@ -1,4 +1,4 @@
-"""The handful of test images that a report shows, the same for all detectors, and a cell's heat maps of them."""
+"""The handful of test images that a report shows, the same for all detectors, and a run's heat maps of them."""
 
 import math
 from itertools import zip_longest
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
 from .accuracy import Predictions
 
@@ -47,12 +47,12 @@ def rarity(values: Tensor, of: Tensor) -> Tensor:
     return (1 - colder).clamp(HOTTEST, 1).log10() / math.log10(HOTTEST)
 
 
-def save(predictions: Predictions, cell: Path, shared: Path) -> None:
-    """Write the cell's maps of the samples, and the samples themselves where no other cell has.
+def save(predictions: Predictions, run: Path, shared: Path) -> None:
+    """Write the run's maps of the samples, and the samples themselves where no other run has.
 
     Args:
         predictions: of the whole test set.
-        cell: the folder of the cell.
+        run: the folder of the run.
         shared: the folder of the data set's samples.
     """
     chosen = {f"{number:02d}": index for number, index in enumerate(choose(predictions))}
@@ -60,7 +60,7 @@ def save(predictions: Predictions, cell: Path, shared: Path) -> None:
         side = max(1, max(predictions.maps.shape[-2:]) // MAP_SIDE)
         heat = rarity(predictions.maps[list(chosen.values()), ::side, ::side], predictions.maps).numpy()
         maps: dict[str, Any] = dict(zip(chosen, heat, strict=True))
-        np.savez_compressed(cell / "maps.npz", lo=0.0, hi=1.0, **maps)
+        np.savez_compressed(run / "maps.npz", lo=0.0, hi=1.0, **maps)
     if not (shared / "samples.json").is_file():
         shared.mkdir(parents=True, exist_ok=True)
         for name, index in chosen.items():
@@ -73,4 +73,4 @@ def save(predictions: Predictions, cell: Path, shared: Path) -> None:
                 mask.resize(small.size, Image.Resampling.NEAREST).save(shared / f"{name}_mask.png")
         paths = {name: predictions.paths[index] for name, index in chosen.items()}
         entries = [{"id": name, "kind": path.parent.name, "name": path.name} for name, path in paths.items()]
-        results.write_json(shared / "samples.json", entries)
+        write_json(shared / "samples.json", entries)

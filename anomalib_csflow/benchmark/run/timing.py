@@ -10,6 +10,7 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,18 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it could not say so."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:  # on Windows it stays the same
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
     """Compile an exported model and time the batches of a file, named ``b1``, ``b8`` ...; memory is after the first."""
     import numpy as np  # noqa: PLC0415 (only here, so that others can import this file without OpenVINO)
@@ -78,4 +91,5 @@ def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     print(json.dumps(time_openvino(sys.argv[1], sys.argv[2], int(sys.argv[3]))))  # noqa: T201

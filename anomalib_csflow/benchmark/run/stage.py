@@ -1,4 +1,4 @@
-"""One cell, in processes of its own: ``python -m anomalib_csflow.benchmark.run.cell STAGE FOLDER``.
+"""One run, in processes of its own: ``python -m anomalib_csflow.benchmark.run.stage STAGE FOLDER``.
 
 Stage ``fit`` trains, tests and keeps the weights; stage ``export`` starts from them in a fresh process, so that the
 memory of the one does not count for the other. Each writes what it measured as ``FOLDER/STAGE.json``.
@@ -23,30 +23,31 @@ from torch import Tensor
 from torch.onnx import OnnxExporterError
 from torchvision.transforms.v2 import Resize
 
-from anomalib_csflow.benchmark import results
+from anomalib_csflow.benchmark.rows import write_json
 
-from . import accuracy, build, measure, samples
-from .plan import Cell, datamodule
+from . import accuracy, build, measure, samples, timing
+from .plan import Run, datamodule
 from .timing import cpu_seconds, latency, peak_mb
 
 BATCHES = (1, 8)
 
 
-def fit(cell: Cell, folder: Path) -> dict[str, Any]:
+def fit(run: Run, folder: Path) -> dict[str, Any]:
     """Train, test, keep curves, sample maps and weights."""
-    seed_everything(cell.seed)
-    model, data = build.model(cell), datamodule(cell)
-    trainer = {"accelerator": cell.accelerator, "devices": 1}
-    epochs = {} if cell.detector.epochs is None else {"max_epochs": cell.detector.epochs}
-    if not epochs and "max_epochs" not in model.trainer_arguments:
-        msg = f"{cell.detector.name} does not say how long it trains: give it epochs in the benchmark's configuration"
+    seed_everything(run.seed)
+    model, data = build.model(run), datamodule(run)
+    trainer = {"accelerator": run.accelerator, "devices": 1}
+    length = run.detector.length
+    if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
+        msg = f"{run.detector.name} does not say how long it trains: give it epochs or steps in the configuration"
         raise ValueError(msg)
-    row: dict[str, Any] = build.settings(cell, model)
+    row: dict[str, Any] = build.settings(run, model)
     with tempfile.TemporaryDirectory() as root:
         quiet = {"enable_model_summary": False, "logger": False}
         before = cpu_seconds()
-        row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **epochs, **trainer)
-        row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb(), "epochs": model.trainer.current_epoch}
+        row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **length, **trainer)
+        row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb()}
+        row |= {"epochs": model.trainer.current_epoch, "steps": model.trainer.global_step}
         if torch.cuda.is_available():
             row["fit_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
         predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
@@ -67,8 +68,10 @@ def fit(cell: Cell, folder: Path) -> dict[str, Any]:
     found = accuracy.curves(predictions)
     arrays: dict[str, Any] = {name: curve.numpy() for name, curve in found.items()}
     np.savez_compressed(folder / "curves.npz", **arrays)
-    if cell.in_full:
-        samples.save(predictions, folder, folder.parent.parent / "samples" / cell.data.name)
+    scores: dict[str, Any] = accuracy.scores(predictions)
+    np.savez_compressed(folder / "scores.npz", **scores)
+    if run.in_full:
+        samples.save(predictions, folder, folder.parent.parent / "samples" / run.data.name)
     torch.save(model.model.state_dict(), folder / "model.pt")
     return row
 
@@ -82,11 +85,11 @@ def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> 
     return images[torch.arange(count) % len(images)]
 
 
-def export(cell: Cell, folder: Path) -> dict[str, Any]:
+def export(run: Run, folder: Path) -> dict[str, Any]:
     """Time the model in torch, export it to OpenVINO, and keep the batches for timing it there."""
-    model, data = build.model(cell), datamodule(cell)
+    model, data = build.model(run), datamodule(run)
     model.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-    device = "cuda" if torch.cuda.is_available() and cell.accelerator != "cpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() and run.accelerator != "cpu" else "cpu"
     model.eval().to(device)
     row: dict[str, Any] = {}
     images = test_images(data, model, max(BATCHES))
@@ -100,7 +103,7 @@ def export(cell: Cell, folder: Path) -> dict[str, Any]:
     if device == "cuda":
         row["inference_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
     row["torch_peak_mb"] = peak_mb()
-    results.write_json(folder / "export.json", row)  # stays if the export fails
+    write_json(folder / "export.json", row)  # stays if the export fails
     arrays: dict[str, Any] = {name: batch.numpy() for name, batch in batches.items()}
     np.savez(folder / "batches.npz", **arrays)
     start = time.perf_counter()
@@ -128,8 +131,9 @@ def main() -> None:
     """Run a stage; the last line of an error is what the table shows."""
     stage, folder = sys.argv[1], Path(sys.argv[2])
     warnings.simplefilter("ignore")  # the libraries' own, which would bury the log
-    run = {"fit": fit, "export": export}[stage]
-    results.write_json(folder / f"{stage}.json", run(Cell.load(folder / "cell.json"), folder))
+    timing.end_with_parent()
+    work = {"fit": fit, "export": export}[stage]
+    write_json(folder / f"{stage}.json", work(Run.load(folder / "run.json"), folder))
 
 
 if __name__ == "__main__":
