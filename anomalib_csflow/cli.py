@@ -5,7 +5,9 @@ commands are this package's own: ``recipe [NAME]`` and ``install-weights NAME``.
 """
 
 import difflib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -58,6 +60,7 @@ def install_weights(names: Sequence[str]) -> None:
 
 def anomalib(arguments: Sequence[str]) -> None:
     """Run anomalib's command line, with this package's detectors imported."""
+    silence_warnings()
     import anomalib_csflow
 
     for name in anomalib_csflow.__all__:  # anomalib finds a short name among the classes that exist
@@ -66,7 +69,35 @@ def anomalib(arguments: Sequence[str]) -> None:
     from anomalib.loggers import configure_logger
 
     configure_logger()
+    silence_logs()
     AnomalibCLI(arguments)
+
+
+def silence_warnings() -> None:
+    """Ignore warnings that a user cannot act on: deprecations inside libraries, and what is as it should be."""
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for message in (
+        ".*Found .* module.s. in eval mode at the start of training",  # the frozen backbone
+        ".*No positive samples in targets",  # a folder of good images has no defects
+        ".*The ``compute`` method of metric .* was called before the ``update`` method",  # and no masks
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def silence_logs() -> None:
+    """Leave out Lightning's tips, the exporters' steps, and anomalib's second copy of every message."""
+    from lightning_utilities.core import rank_zero
+
+    rank_zero.log.addFilter(_is_no_tip)  # the logger of whichever of Lightning's packages was imported last
+    for library in ("nncf", "onnx_ir", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 if __name__ == "__main__":

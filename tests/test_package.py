@@ -1,15 +1,19 @@
 """What is installed and what an import costs: lazy names, registration with anomalib, recipes in the wheel."""
 
 import importlib.util
+import logging
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import tomllib
+from lightning_utilities.core import rank_zero
+from rich.logging import RichHandler
 
 import anomalib_csflow
 from anomalib_csflow import cli
@@ -81,6 +85,31 @@ def test_near_names_of_an_unknown_recipe() -> None:
     assert "\n" not in str(info.value)
     with pytest.raises(SystemExit, match="usage: anomalib-csflow recipe"):
         cli.main(["recipe", "--help"])
+
+
+# -- what the command line leaves out -----------------------------------------------------------
+
+
+def test_logs_without_tips_steps_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    rich = RichHandler()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(), rich])
+    cli.silence_logs()
+    assert root.handlers == [rich]
+    assert not logging.getLogger("onnx_ir.passes").isEnabledFor(logging.INFO)
+    messages = ["💡 Tip: install litlogger", "GPU available: False"]
+    records = [logging.makeLogRecord({"msg": message}) for message in messages]
+    assert [bool(rank_zero.log.filter(record)) for record in records] == [False, True]
+
+
+def test_warnings_that_nobody_can_act_on() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cli.silence_warnings()
+        warnings.warn("Importing from timm.models.layers is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("Found 323 module(s) in eval mode at the start of training.", UserWarning, stacklevel=1)
+        warnings.warn("the feature cache stores no more", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["the feature cache stores no more"]
 
 
 # -- the wheel ----------------------------------------------------------------------------------
