@@ -235,7 +235,7 @@ def test_far_cells_are_still_ordered() -> None:
         ({"num_blocks": 0}, "at least two channels and one block"),
         ({"schedule": "cosine"}, "unknown schedule"),
         ({"score_by": "latents"}, "unknown score_by 'latents': choose one of density, energy"),
-        ({"top_share": 2}, "top_share is a share of the map's cells"),
+        ({"top_share": 2}, "top_share is a share of the map's positions"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ def test_score_orders_as_the_published_formula() -> None:
         ({"condition_channels": 6}, "a multiple of 4 channels"),
         ({"image_size": 31}, "31x31 pixels is too small for layer 'blocks.4', halved to stride 32"),
         ({"schedule": "cosine"}, "unknown schedule"),
-        ({"top_share": 1.1}, "top_share is a share of the map's cells"),
+        ({"top_share": 1.1}, "top_share is a share of the map's positions"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

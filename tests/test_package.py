@@ -108,8 +108,8 @@ def test_warnings_that_nobody_can_act_on() -> None:
         cli.silence_warnings()
         warnings.warn("Importing from timm.models.layers is deprecated", FutureWarning, stacklevel=1)
         warnings.warn("Found 323 module(s) in eval mode at the start of training.", UserWarning, stacklevel=1)
-        warnings.warn("the feature cache stores no more", UserWarning, stacklevel=1)
-    assert [str(warning.message) for warning in caught] == ["the feature cache stores no more"]
+        warnings.warn("the feature cache stops storing", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["the feature cache stops storing"]
 
 
 # -- the wheel ----------------------------------------------------------------------------------
