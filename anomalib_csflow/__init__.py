@@ -11,17 +11,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .detectors.cflow import CFlow
-    from .detectors.cs_flow import CSFlow
-    from .detectors.differ_net import DifferNet
-    from .detectors.fast_flow import FastFlow
-    from .detectors.ms_flow import MSFlow
-    from .detectors.real_nvp import RealNVP
-    from .engine.feature_cache import FeatureCache
+    from .detectors.cflow import CFlow as CFlow
+    from .detectors.cs_flow import CSFlow as CSFlow
+    from .detectors.differ_net import DifferNet as DifferNet
+    from .detectors.fast_flow import FastFlow as FastFlow
+    from .detectors.ms_flow import MSFlow as MSFlow
+    from .detectors.real_nvp import RealNVP as RealNVP
+    from .engine.feature_cache import FeatureCache as FeatureCache
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CFlow", "CSFlow", "DifferNet", "FastFlow", "FeatureCache", "MSFlow", "RealNVP"]
-
 _HOMES = {
     "CFlow": ".detectors.cflow",
     "CSFlow": ".detectors.cs_flow",
@@ -31,7 +29,9 @@ _HOMES = {
     "MSFlow": ".detectors.ms_flow",
     "RealNVP": ".detectors.real_nvp",
 }
-"""Where each public name is defined. It is imported on first use: torch and anomalib take seconds to import."""
+"""The module of each public name. It is imported on first use: torch and anomalib take seconds to import."""
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
