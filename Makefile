@@ -1,9 +1,10 @@
-# make demo    makes the environment, then shows CS-Flow on real textures
-# make check   makes the environment, then passes format, lint, types, documentation, doctests and tests
-# make docs    builds the documentation in docs/_build/html
+# make demo       trains, tests and exports CS-Flow on real textures; pictures and a table in ./demo
+# make check      runs all checks: format, lint, types, documentation, doctests, tests and notebooks
+# make docs       builds the documentation in docs/_build/html
+# make format     formats the code and fixes what the linter can fix
 # make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
-# make floors  passes the tests with the oldest dependencies that pyproject.toml allows
-# PIP_ARGS goes to pip, for example a mirror or PyTorch's index of CPU builds (see README)
+# make floors     runs the tests with the oldest dependencies that pyproject.toml allows
+# Each creates the environment in .venv first. PIP_ARGS is passed to pip, for example an index of CPU builds (see README).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,24 +1,58 @@
 """Normalizing-flow anomaly detectors for anomalib, with exact likelihoods.
 
-``anomalib fit --model anomalib_csflow.CSFlow`` needs no registration. Importing the package also lets
+``anomalib fit --model anomalib_csflow.CSFlow`` needs no registration. Importing a detector also lets
 ``anomalib.models.get_model({"class_path": "anomalib_csflow.CSFlow"})`` and ``anomalib benchmark`` find
-the detectors; it changes nothing for anomalib's own models.
+all of them; it changes nothing for anomalib's own models.
 """
 
+import sys
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-import anomalib.models
-
-from anomalib_csflow.detectors.cflow import CFlow
-from anomalib_csflow.detectors.cs_flow import CSFlow
-from anomalib_csflow.detectors.differ_net import DifferNet
-from anomalib_csflow.engine.feature_cache import FeatureCache
-
-from .detectors.fast_flow import FastFlow
-from .detectors.ms_flow import MSFlow
-from .detectors.real_nvp import RealNVP
+if TYPE_CHECKING:
+    from .detectors.cflow import CFlow as CFlow
+    from .detectors.cs_flow import CSFlow as CSFlow
+    from .detectors.differ_net import DifferNet as DifferNet
+    from .detectors.fast_flow import FastFlow as FastFlow
+    from .detectors.ms_flow import MSFlow as MSFlow
+    from .detectors.real_nvp import RealNVP as RealNVP
+    from .engine.feature_cache import FeatureCache as FeatureCache
 
 __version__ = version("anomalib-csflow")
-__all__ = ["CFlow", "CSFlow", "DifferNet", "FastFlow", "FeatureCache", "MSFlow", "RealNVP"]
+_HOMES = {
+    "CFlow": ".detectors.cflow",
+    "CSFlow": ".detectors.cs_flow",
+    "DifferNet": ".detectors.differ_net",
+    "FastFlow": ".detectors.fast_flow",
+    "FeatureCache": ".engine.feature_cache",
+    "MSFlow": ".detectors.ms_flow",
+    "RealNVP": ".detectors.real_nvp",
+}
+"""The module of each public name. It is imported on first use: torch and anomalib take seconds to import."""
 
-anomalib.models.ALLOWED_MODULES.add("anomalib_csflow")
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    _register()
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    """Let anomalib's ``get_model`` import from this package, if ``anomalib.models`` has been imported."""
+    if (models := sys.modules.get("anomalib.models")) and hasattr(models, "ALLOWED_MODULES"):
+        models.ALLOWED_MODULES.add(__name__)
+
+
+_register()

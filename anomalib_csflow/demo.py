@@ -1,21 +1,20 @@
-"""The demo: a small data set of real textures, CS-Flow on it in anomalib's engine, pictures and a table.
+"""The demo: CS-Flow in anomalib's engine on a small data set made from photographs, with pictures and a table.
 
-``python -m anomalib_csflow.demo [FOLDER]`` needs no network: the photographs come with scikit-image,
-the backbone's weights with a package.
+``python -m anomalib_csflow.demo [FOLDER]`` needs no network: the photographs come with scikit-image, the
+backbone's weights with a package.
 """
 
 import argparse
+import io
 import logging
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import skimage.data
 import torch
-from anomalib.data import Folder
-from anomalib.deploy import OpenVINOInferencer
-from anomalib.engine import Engine
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,13 +22,19 @@ from rich.console import Console
 from rich.table import Table
 from skimage import draw, filters
 
-from anomalib_csflow import CSFlow
-from anomalib_csflow.benchmark import overview
-from anomalib_csflow.benchmark.run import accuracy, measure
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # anomalib imports deprecated modules
+    from anomalib.data import Folder
+    from anomalib.deploy import OpenVINOInferencer
+    from anomalib.engine import Engine
+
+    from anomalib_csflow import CSFlow
+    from anomalib_csflow.benchmark import overview
+    from anomalib_csflow.benchmark.run import accuracy, measure
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
-TRAIN_WIDTH = 336  # columns left of this are for training; the others, which it never sees, for the test
+TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
 EPOCHS = 16
 METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
@@ -42,7 +47,7 @@ Mask = NDArray[np.bool_]
 
 
 def scratch(image: Grey, generator: np.random.Generator) -> Mask:
-    """A dark or bright crooked line, three or so pixels wide."""
+    """A crooked line, about three pixels wide."""
     mask = np.zeros(image.shape)
     y, x = generator.integers(30, CROP - 30, 2)
     angle = generator.uniform(0, 2 * np.pi)
@@ -72,13 +77,13 @@ def patch(image: Grey, generator: np.random.Generator) -> Mask:
 
 
 def damage(image: Grey, other: Grey, kind: int, generator: np.random.Generator) -> tuple[Grey, Mask]:
-    """Put one defect into an image; returns it with the exact mask."""
+    """Put one defect into an image; returns the damaged image and the exact mask."""
     shape = (scratch, spot, patch)[kind]
     mask = shape(image, generator)
-    if shape is patch:  # cut from another texture and pasted
+    if shape is patch:  # pasted from another texture
         return np.where(mask, other, image), mask
     level = generator.choice([25.0, 230.0])
-    blend = filters.gaussian(mask.astype(float), 0.7) * 0.85 * mask  # a soft rim, and nothing outside the mask
+    blend = filters.gaussian(mask.astype(float), 0.7) * 0.85 * mask  # soft edges inside the mask, nothing outside it
     return image * (1 - blend) + level * blend, mask
 
 
@@ -99,7 +104,7 @@ def make_data(root: Path, seed: int = 0) -> None:
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(path)
 
     for index, name in enumerate(TEXTURES):
-        other = TEXTURES[index - 1]  # its patches differ: stones in bricks, bricks in grass, grass in stones
+        other = TEXTURES[index - 1]  # the source of the patches: gravel on brick, brick on grass, grass on gravel
         for number in range(NUM_TRAIN):
             save(crop(name, 0, TRAIN_WIDTH), name, "train", "good", f"{number:03d}.png")
         for number in range(NUM_GOOD):
@@ -121,7 +126,7 @@ def folder(root: Path, name: str) -> Folder:
         mask_dir="ground_truth/defective",
         train_batch_size=16,
         eval_batch_size=16,
-        num_workers=0,  # the images are small: a process to read them costs more than it saves
+        num_workers=0,  # for so few small images, starting a worker costs more than it saves
         val_split_mode="same_as_test",
     )
 
@@ -130,30 +135,31 @@ def folder(root: Path, name: str) -> Folder:
 
 
 def draw_pictures(name: str, root: Path, inferencer: OpenVINOInferencer, path: Path) -> None:
-    """One row per kind of defect and a good image: image, true mask, heat map, predicted outline."""
+    """One column per kind of defect, and one for a good image: the image, the true mask, the heat map."""
     test = root / name / "test"
     images = [*sorted((test / "defective").iterdir())[:3], sorted((test / "good").iterdir())[0]]
     predictions = [inferencer.predict(str(image)) for image in images]
     heat = np.stack([np.asarray(prediction.anomaly_map).squeeze() for prediction in predictions])
-    figure, axes = plt.subplots(len(images), 3, figsize=(7.5, 10), layout="constrained")
-    for row, (image_path, kind) in enumerate(zip(images, ("scratch", "spot", "patch", "good"), strict=True)):
+    figure, axes = plt.subplots(3, len(images), figsize=(10, 8.2), layout="constrained")
+    for column, (image_path, kind) in enumerate(zip(images, ("scratch", "spot", "patch", "good"), strict=True)):
         image = np.asarray(Image.open(image_path))
         mask_path = root / name / "ground_truth" / "defective" / image_path.name
         mask = np.asarray(Image.open(mask_path)) if kind != "good" else np.zeros_like(image)
-        prediction = predictions[row]
         extent = (0, image.shape[1], image.shape[0], 0)
-        axes[row, 0].imshow(image, cmap="gray", extent=extent)
-        axes[row, 1].imshow(mask, cmap="gray", extent=extent, vmin=0, vmax=255)
-        axes[row, 2].imshow(image, cmap="gray", extent=extent)
-        axes[row, 2].imshow(heat[row], cmap="jet", alpha=0.6, extent=extent, vmin=heat.min(), vmax=heat.max())
-        axes[row, 0].set_ylabel(kind, fontsize=12)
-        label = "defective" if bool(np.asarray(prediction.pred_label).squeeze()) else "good"
-        axes[row, 2].set_xlabel(f"{label}, score {float(np.asarray(prediction.pred_score).squeeze()):.2f}")
-    for axis, title in zip(axes[0], ("image", "true mask", "heat map, from OpenVINO"), strict=True):
-        axis.set_title(title)
+        axes[0, column].imshow(image, cmap="gray", extent=extent)
+        axes[1, column].imshow(mask, cmap="gray", extent=extent, vmin=0, vmax=255)
+        axes[2, column].imshow(image, cmap="gray", extent=extent)
+        axes[2, column].imshow(heat[column], cmap="jet", alpha=0.6, extent=extent, vmin=heat.min(), vmax=heat.max())
+        axes[0, column].set_title(kind)
+        is_defective, score = (
+            np.asarray(value).squeeze() for value in (predictions[column].pred_label, predictions[column].pred_score)
+        )
+        axes[2, column].set_xlabel(f"predicted {'defective' if is_defective else 'good'}, score {score:.2f}")
+    for axis, title in zip(axes[:, 0], ("image", "true mask", "heat map (OpenVINO)"), strict=True):
+        axis.set_ylabel(title, fontsize=12)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"CS-Flow on {name}")
+    figure.suptitle(f"CS-Flow on {name}, trained on {NUM_TRAIN} good images", fontsize=14)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -189,19 +195,25 @@ def run(root: Path, epochs: int = EPOCHS) -> None:
         )
         datamodule = folder(root / "data", name)
         seconds = measure.fit(
-            detector, datamodule, root, max_epochs=epochs, check_val_every_n_epoch=epochs, log_every_n_steps=1
+            detector,
+            datamodule,
+            root,
+            max_epochs=epochs,
+            check_val_every_n_epoch=epochs,
+            log_every_n_steps=1,
+            enable_model_summary=False,
         )
-        Engine(default_root_dir=root).test(detector, datamodule=datamodule)
-        found = accuracy.evaluate(measure.predict(detector, datamodule, root))
+        Engine(default_root_dir=root).test(detector, datamodule=datamodule, verbose=False)  # draws the test images
+        found = accuracy.evaluate(measure.predict(detector, datamodule, root, enable_progress_bar=False))
         images = sorted((root / "data" / name / "test").rglob("*.png"))
-        latency, inferencer = measure.openvino_latency(detector, images, root / "exported" / name)
+        console.print("Exporting to OpenVINO, and predicting with it")
+        with redirect_stdout(io.StringIO()):  # the exporter lists its steps
+            latency, inferencer = measure.openvino_latency(detector, images, root / "exported" / name)
         pictures.append(root / f"{name}.png")
         draw_pictures(name, root / "data", inferencer, pictures[-1])
         table.add_row(name, *(f"{found[name]:.3f}" for name in METRICS), f"{seconds:.0f}", f"{latency:.0f}")
     console.print(table)
-    console.print(
-        "AUROC and AUPRO are shares of 1; an image's time is its reading and its prediction by OpenVINO, one by one."
-    )
+    console.print("AUROC and AUPRO are at most 1. The time per image includes reading the file; OpenVINO, one by one.")
     console.print("Pictures:", *(str(path) for path in pictures), sep="\n  ")
     console.print(f"All test images, drawn by anomalib: {root / 'CSFlow'}/*/latest/images")
 
@@ -213,8 +225,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of training; default {EPOCHS}")
     arguments = parser.parse_args()
     mpl.use("agg")
-    warnings.simplefilter("ignore")  # those of the libraries beneath, which a first user cannot act on
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # from the libraries used; a first user cannot act on them
+    logging.disable(logging.WARNING)
     run(arguments.folder, arguments.epochs)
 
 

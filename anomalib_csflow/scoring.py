@@ -1,7 +1,7 @@
 """From latents to likelihoods, scores and maps: pure functions.
 
-Latents are a tuple of maps ``(N, C, H, W)``, finest scale first; the base distribution is a
-standard normal. Nothing here looks across the batch.
+Latents are a tuple of maps ``(N, C, H, W)``, finest level first; the base distribution is a standard
+normal. Every function treats each sample of the batch on its own.
 """
 
 import math
@@ -21,12 +21,12 @@ TEMPERATURE = 2.0
 
 
 def num_dims(latents: Sequence[Tensor]) -> int:
-    """Number of dimensions of one sample's latents, over all scales."""
+    """Number of dimensions of one sample's latents, over all levels."""
     return sum(level[0].numel() for level in latents)
 
 
 def energy(latents: Sequence[Tensor]) -> Tensor:
-    """Half the squared norm of each sample's latents, over all scales: ``(N,)``."""
+    """Half the squared norm of each sample's latents, over all levels: ``(N,)``."""
     return torch.stack([0.5 * level.square().flatten(1).sum(1) for level in latents]).sum(0)
 
 
@@ -44,11 +44,11 @@ def nll(latents: Sequence[Tensor], log_det: Tensor) -> Tensor:
 
 
 def log_density(latents: Tensor, log_det: Tensor) -> Tensor:
-    """Log-density in nats of each cell's vector, or of each vector, from its latent and its log-det.
+    """Log-density in nats of the vector at each position, from its latent vector and its log-det.
 
     Args:
-        latents: ``(N, C, ...)``, each cell a vector of C channels.
-        log_det: of each cell, ``(N, ...)``.
+        latents: ``(N, C, ...)``: at each position, a vector of C channels.
+        log_det: of each position, ``(N, ...)``.
 
     Returns:
         ``(N, ...)``.
@@ -77,8 +77,9 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int], mode: MapMode =
     Args:
         levels: ``(N, 1, H_i, W_i)``, finest first: of CS-Flow the mean squared latents (section 3.4).
         size: (height, width) of the map, that of the image.
-        mode: ``finest`` is CS-Flow's: the finest level alone. ``mean`` averages the upsampled maps of all levels;
-            ``product`` multiplies them, as anomalib's Csflow does; ``soft_minimum``: see :func:`soft_minimum`.
+        mode: ``finest`` is the paper's: only the finest level. ``mean`` averages the upsampled maps of all
+            levels; ``product`` multiplies them, as anomalib's Csflow does;
+            ``soft_minimum``: see :func:`soft_minimum`.
 
     Raises:
         ValueError: if the mode is unknown.
@@ -130,7 +131,7 @@ def _top(maps: Tensor, share: float) -> Tensor:
 
 
 def likeness(latents: Tensor) -> Tensor:
-    """Of each cell ``exp(-1/2 mean_c z^2)``: 1 at the mode of the base distribution, about 0.6 on training data.
+    """``exp(-1/2 mean_c z^2)`` at each position: 1 at the mode of the base distribution, about 0.6 on training data.
 
     Args:
         latents: ``(N, C, H, W)``.
@@ -142,7 +143,7 @@ def likeness(latents: Tensor) -> Tensor:
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
-    """Logarithm of the mean of exponentials along a dimension, which is gone; nothing over- or underflows.
+    """Logarithm of the mean of exponentials over a dimension, which is removed, without overflow or underflow.
 
     Example:
         >>> log_mean_exp(torch.tensor([[-1000.0, -1000.0]]), 1)
@@ -152,9 +153,10 @@ def log_mean_exp(values: Tensor, dim: int) -> Tensor:
 
 
 def surprise(densities: Tensor) -> Tensor:
-    """Minus the logarithm of the mean over levels of their densities, relative to some maximum.
+    """Minus the logarithm of the mean density over levels, where densities are relative to some maximum.
 
-    It orders cells as the mean does, and still where a float32 difference from the maximum is the maximum.
+    It ranks positions as the mean does, and still tells apart densities so small that, in float32, the maximum minus
+    any of them is the maximum.
 
     Args:
         densities: ``(levels, N, 1, H, W)``, 0 or more.
@@ -167,22 +169,22 @@ def surprise(densities: Tensor) -> Tensor:
 
 
 def check_top_share(share: float) -> None:
-    """Check a share of a map's cells.
+    """Check a share of a map's positions.
 
     Raises:
         ValueError: if it is not in [0, 1].
     """
     if not 0 <= share <= 1:
-        msg = f"top_share is a share of the map's cells, from 0 (the highest alone) to 1 (all), got {share}"
+        msg = f"top_share is a share of the map's positions, from 0 (only the highest) to 1 (all), got {share}"
         raise ValueError(msg)
 
 
 def least_likely(surprises: Tensor, share: float) -> Tensor:
-    """Minus the logarithm of the mean density of the least likely cells of each map.
+    """Minus the logarithm of the mean density of the least likely positions of each map.
 
     Args:
         surprises: ``(N, 1, H, W)``, minus logarithms of densities.
-        share: of the cells, in [0, 1]; 0 is the least likely cell alone, whose surprise is the map's maximum.
+        share: of the positions, in [0, 1]; 0 takes only the least likely one, whose surprise is the map's maximum.
 
     Returns:
         ``(N,)``.
@@ -195,12 +197,12 @@ def least_likely(surprises: Tensor, share: float) -> Tensor:
 
 
 def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Bring the maps of all levels to one size bilinearly, ready to be fused.
+    """Resize the maps of all levels bilinearly to one size, so that they can be combined.
 
     Args:
         maps: ``(N, 1, H_i, W_i)``.
         size: (height, width), that of the image.
-        align_corners: whether the corner cells lie on the corners of the image, or half a cell inside.
+        align_corners: whether the corner positions lie on the corners of the image, or half a step inside.
 
     Returns:
         ``(levels, N, 1, height, width)``.

@@ -15,7 +15,7 @@ release = version = version_of("anomalib-csflow")
 html_title = f"{project} {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmark"]  # the benchmark's table is part of the results page
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["page.css"]

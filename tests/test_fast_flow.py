@@ -113,7 +113,7 @@ def test_map_fuses_levels_and_does_not_saturate() -> None:
         ({"backbone": "cait_xxs24_224", "layers": ["blocks.2"], "weights": "random"}, "set image_size=224"),
         ({"backbone": "vit_tiny_patch16_224", "layers": ["norm"], "weights": "random"}, "name a block"),
         ({"schedule": "cosine"}, "unknown schedule"),
-        ({"top_share": -0.1}, "from 0 .the highest alone. to 1 .all., got -0.1"),
+        ({"top_share": -0.1}, "from 0 .only the highest. to 1 .all., got -0.1"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -83,7 +83,7 @@ def test_a_full_disk_warns_once_and_leaves_no_part(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fill_up)
-    with pytest.warns(UserWarning, match=r"stores no more: .*No space left.*max_gb"):
+    with pytest.warns(UserWarning, match=r"stops storing: .*No space left.*max_gb"):
         store.put(key("second"), PYRAMID)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

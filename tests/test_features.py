@@ -177,7 +177,7 @@ def test_a_transformer_of_one_size() -> None:
     assert pyramid(torch.rand(1, 3, 224, 224))[0].shape == (1, 192, 14, 14)
     with pytest.raises(ValueError, match=r"cannot take an image of 256x224 pixels: .* set image_size=224"):
         pyramid(torch.rand(1, 3, 256, 224))
-    with pytest.raises(ValueError, match="images of 224 pixels alone: set num_scales=1"):
+    with pytest.raises(ValueError, match="images of 224 pixels only: set num_scales=1"):
         ImagePyramid(FrozenBackbone(create_backbone("cait_xxs24_224", "random"), "blocks.1"))
 
 
@@ -185,10 +185,10 @@ def test_a_transformer_of_one_size() -> None:
     ("name", "layers", "message"),
     [
         ("resnet18", ["layer2", "layer1"], r"from fine to coarse: .* have strides \[8, 4\]"),
-        ("resnet18", [], "name one or more layers, each once"),
-        ("resnet18", ["layer1", "layer1"], "name one or more layers, each once"),
+        ("resnet18", [], "name one or more layers, each only once"),
+        ("resnet18", ["layer1", "layer1"], "name one or more layers, each only once"),
         ("resnet18", ["layer1", "layer9"], "no layer 'layer9'; near names are"),
-        ("vit_tiny_patch16_224", ["blocks.3", "blocks.1"], "blocks in their order"),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.1"], "blocks in order"),
     ],
 )
 def test_layers_that_make_no_pyramid(name: str, layers: list[str], message: str) -> None:

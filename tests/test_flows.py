@@ -326,7 +326,7 @@ def test_a_cells_latent_depends_on_its_own_vector_and_position(size: tuple[int, 
 
 
 def test_bad_chains() -> None:
-    with pytest.raises(ValueError, match="a multiple of 4 channels, from 4: got 6"):
+    with pytest.raises(ValueError, match="a positive multiple of 4, got 6"):
         FiberFlow([(4, 2, 2)], condition_channels=6)
     with pytest.raises(ValueError, match="at least two channels and one block, got 1 channels and 2 blocks"):
         FiberFlow([(1, 2, 2)], num_blocks=2)
@@ -370,9 +370,9 @@ def test_inside_a_freia_graph() -> None:
 @pytest.mark.parametrize(
     ("dims", "message"),
     [
-        ([], "at least one scale"),
+        ([], "at least one level"),
         ([(1, 4, 4)], "two channels"),
-        ([(4, 8, 8), (4, 3, 4)], "scale 1 of the pyramid is 3x4, which is not half of scale 0"),
+        ([(4, 8, 8), (4, 3, 4)], "level 1 of the pyramid is 3x4, which is not half of level 0"),
     ],
 )
 def test_coupling_refuses_what_is_no_pyramid(dims: Dims, message: str) -> None:
@@ -383,10 +383,10 @@ def test_coupling_refuses_what_is_no_pyramid(dims: Dims, message: str) -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 4, 4, 4)], "expected a pyramid of 2 scales, got 1"),
-        ([(2, 4, 4, 4), (2, 3, 2, 2)], r"scale 1 should be \(N, 4, H, W\), got \(2, 3, 2, 2\)"),
-        ([(2, 4, 8, 8), (2, 4, 2, 2)], "not half of scale 0"),
-        ([(2, 4, 1, 1), (2, 4, 0, 1)], "scale 1 of the pyramid is empty"),
+        ([(2, 4, 4, 4)], "expected a pyramid of 2 levels, got 1"),
+        ([(2, 4, 4, 4), (2, 3, 2, 2)], r"level 1 should be \(N, 4, H, W\), got \(2, 3, 2, 2\)"),
+        ([(2, 4, 8, 8), (2, 4, 2, 2)], "not half of level 0"),
+        ([(2, 4, 1, 1), (2, 4, 0, 1)], "level 1 of the pyramid is empty"),
     ],
 )
 def test_layers_refuse_other_inputs(shapes: list[tuple[int, ...]], message: str) -> None:
@@ -401,19 +401,19 @@ def test_layers_of_vectors_refuse_other_inputs() -> None:
     with pytest.raises(ValueError, match="one vector of two features or more"):
         GlowCoupling([(4, 2, 2)])
     conditioner = partial(Perceptron, hidden_features=2, num_hidden=1)
-    with pytest.raises(ValueError, match="a mask of checkerboard needs one tensor that it can split"):
+    with pytest.raises(ValueError, match="the mask 'checkerboard' needs exactly one tensor that it can split"):
         MaskedCoupling([(4,)], conditioner=conditioner, mask="checkerboard")
-    with pytest.raises(ValueError, match="a mask of halves needs one tensor that it can split"):
+    with pytest.raises(ValueError, match="the mask 'halves' needs exactly one tensor that it can split"):
         MaskedCoupling([(1,)], conditioner=conditioner)
     for layer in (GlowCoupling([(4,)], hidden_features=2), ScalePermutation([(4,)], seed=0)):
-        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"level 0 should be \(N, 4\), got \(2, 3\)"):
             layer([torch.zeros(2, 3)])
-        with pytest.raises(ValueError, match=r"scale 0 should be \(N, 4\), got \(2, 4, 1, 1\)"):
+        with pytest.raises(ValueError, match=r"level 0 should be \(N, 4\), got \(2, 4, 1, 1\)"):
             layer([torch.zeros(2, 4, 1, 1)])
 
 
 def test_conditions_are_counted() -> None:
-    with pytest.raises(ValueError, match="2 scales, 1 conditions"):
+    with pytest.raises(ValueError, match="2 levels, 1 conditions"):
         CrossScaleCoupling([(4, 4, 4), (4, 2, 2)], [(1, 4, 4)])
     with pytest.raises(ValueError, match="expected 0 conditions, got 1"):
         CrossScaleCoupling([(4, 4, 4)], hidden_channels=2)([torch.zeros(1, 4, 4, 4)], [torch.zeros(1, 1, 4, 4)])

@@ -89,10 +89,10 @@ def test_score_orders_as_the_published_formula() -> None:
         ({"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.2"], "weights": "random"}, "that halve"),
         ({"num_blocks": [1]}, "give num_blocks of each layer"),
         ({"num_blocks": [1, 0]}, "at least two channels and one block"),
-        ({"condition_channels": 6}, "a multiple of 4 channels"),
+        ({"condition_channels": 6}, "a positive multiple of 4"),
         ({"image_size": 31}, "31x31 pixels is too small for layer 'blocks.4', halved to stride 32"),
         ({"schedule": "cosine"}, "unknown schedule"),
-        ({"top_share": 1.1}, "top_share is a share of the map's cells"),
+        ({"top_share": 1.1}, "top_share is a share of the map's positions"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -70,7 +70,7 @@ def test_score_of_the_least_likely_cells(share: float, cells: int) -> None:
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, float("nan")])
 def test_share_of_cells(share: float) -> None:
-    with pytest.raises(ValueError, match="a share of the map's cells, from 0"):
+    with pytest.raises(ValueError, match="a share of the map's positions, from 0"):
         scoring.check_top_share(share)
 
 

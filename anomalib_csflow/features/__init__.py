@@ -1,4 +1,4 @@
-"""Frozen backbones, the pyramids that are made of them, their weights, and the store of computed features."""
+"""Frozen backbones, the pyramids that they compute, their weights, and the store of computed features."""
 
 from .backbones import FrozenBackbone, FrozenLayers
 from .pyramids import CrossScalePyramid, FeaturePyramid, ImagePyramid, LayerPyramid, PooledPyramid

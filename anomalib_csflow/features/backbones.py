@@ -12,23 +12,23 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from typing_extensions import Self
 
 PROBE_SIZE = 256
-"""Side of the blank image that tells a layer's channels and stride; any multiple of 64 would do."""
+"""Side of the blank image that shows a layer's channels and stride; any multiple of 64 would do."""
 
 
 class FrozenLayers(nn.Module):
-    """A backbone up to the last of some layers: no gradients, always in eval mode, nothing kept beyond.
+    """A backbone up to the last of some layers: without gradients, always in eval mode, and without what follows.
 
     Args:
         model: a convolutional network of any kind (named modules), or a timm vision transformer.
         layers: names of the modules whose outputs are used, in the order in which the model runs them.
-            Of a transformer: ``blocks.N``, whose tokens are folded to maps.
-        final_norm: put a transformer's final norm on each layer's tokens, as its own head has them.
+            For a transformer: ``blocks.N``, whose tokens are folded into maps.
+        final_norm: apply a transformer's final norm to each layer's tokens, as before its own head.
 
     Attributes:
         layers: as given.
-        layer_channels: of each layer's map.
-        layer_strides: pixels of the image per cell of each layer's map.
-        fixed_size: side of the only images that the model takes, or None if it takes any.
+        layer_channels: number of channels of each layer's map.
+        layer_strides: pixels of the image per position of each layer's map.
+        fixed_size: side of the images, if the model takes only one size; else None.
 
     Raises:
         ValueError: if the model has no such layer, or its output is not a map.
@@ -37,12 +37,12 @@ class FrozenLayers(nn.Module):
     def __init__(self, model: nn.Module, layers: Sequence[str], final_norm: bool = False) -> None:
         super().__init__()
         if not layers or len(set(layers)) < len(layers):
-            msg = f"name one or more layers, each once: got {list(layers)}"
+            msg = f"name one or more layers, each only once, got {list(layers)}"
             raise ValueError(msg)
         for layer in layers:
             check_layer(model, layer)
         self.layers = list(layers)
-        # timm's mark of a model that works on tokens behind which class and register tokens may stand
+        # timm marks models on tokens this way, which may begin with class and register tokens
         self.is_transformer = hasattr(model, "num_prefix_tokens")
         self.final_norm = final_norm
         if self.is_transformer:
@@ -53,7 +53,7 @@ class FrozenLayers(nn.Module):
         else:
             self.model = _truncate(model, self.layers)
             for module in self.model.modules():
-                if isinstance(module, nn.Conv2d):  # half the time on a CPU, measured on EfficientNet-Lite
+                if isinstance(module, nn.Conv2d):  # takes half the time on a CPU, measured on EfficientNet-Lite
                     module.to(memory_format=torch.channels_last)
         self.requires_grad_(requires_grad=False)
         self.train()
@@ -67,7 +67,7 @@ class FrozenLayers(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, ...]:
-        """Maps of a blank image; of the one size that is possible where not any size is."""
+        """Maps of a blank image, of the model's one size if it does not take any size."""
         named = ", ".join(repr(layer) for layer in self.layers)
         try:
             maps = self.maps(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
@@ -85,7 +85,7 @@ class FrozenLayers(nn.Module):
         return maps
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever is asked: batch-norm statistics must not drift."""
+        """Stay in eval mode, whatever ``mode`` is: batch-norm statistics must not drift."""
         del mode
         return super().train(mode=False)
 
@@ -102,18 +102,18 @@ class FrozenLayers(nn.Module):
 
 
 class FrozenBackbone(FrozenLayers):
-    """A backbone up to one layer: no gradients, always in eval mode, nothing kept beyond the layer.
+    """A backbone up to one layer: without gradients, always in eval mode, and without what follows.
 
     Args:
         model: a convolutional network of any kind (named modules), or a timm vision transformer.
         layer: name of the module whose output is used, such as ``blocks.5``, ``layer3.1`` or
-            ``features.6.8``. Of a transformer: ``blocks.N``, whose tokens are folded to a map.
+            ``features.6.8``. For a transformer: ``blocks.N``, whose tokens are folded into a map.
 
     Attributes:
         layer: as given.
-        channels: of the map.
-        stride: pixels of the image per cell of the map.
-        min_size: least height and width of an image that gives a cell.
+        channels: number of channels of the map.
+        stride: pixels of the image per position of the map.
+        min_size: least height and width of an image that gives a map of one position.
 
     Shape:
         images ``(N, 3, H, W)`` to a map ``(N, channels, ceil(H / stride), ceil(W / stride))``.
@@ -131,9 +131,9 @@ class FrozenBackbone(FrozenLayers):
 
     @torch.no_grad()
     def _least_size(self) -> int:
-        """The stride, where borders are padded; more where a kernel must fit into what is left, as in AlexNet."""
+        """The stride, if borders are padded; more if a kernel must fit into an unpadded map, as in AlexNet."""
         fails, works = self.stride - 1, PROBE_SIZE
-        side = self.stride  # tried first: it is the answer almost always
+        side = self.stride  # tried first: almost always the answer
         while fails + 1 < works:
             try:
                 self(torch.zeros(1, 3, side, side))
@@ -157,13 +157,13 @@ def _block_numbers(layers: Sequence[str]) -> list[int]:
             raise ValueError(msg)
     blocks = [int(number) for number in numbers]
     if blocks != sorted(blocks):
-        msg = f"name a transformer's blocks in their order, got {list(layers)}"
+        msg = f"name a transformer's blocks in order, got {list(layers)}"
         raise ValueError(msg)
     return blocks
 
 
 def _truncate(model: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """Trace the model up to the last layer; what comes after is dropped."""
+    """Trace the model up to the last layer, and drop what follows."""
     names = {layer: f"map {index}" for index, layer in enumerate(layers)}
     tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
     try:
@@ -172,7 +172,7 @@ def _truncate(model: nn.Module, layers: Sequence[str]) -> nn.Module:
         named = ", ".join(repr(layer) for layer in layers)
         msg = f"layer {named} cannot be used: tracing the backbone up to it fails ({error})"
         raise ValueError(msg) from error
-    # the graph for training is not needed, and a module with plain graphs in it is too deep for pickle
+    # only the graph for evaluation: a module that holds graphs as attributes is nested too deeply for pickle
     return torch.fx.GraphModule(dual, dual.eval_graph)
 
 
@@ -180,7 +180,7 @@ def check_layer(model: nn.Module, layer: str) -> None:
     """Check that the model has a module of that name.
 
     Raises:
-        ValueError: if it has none; the message lists near names.
+        ValueError: if it has none; the message lists similar names.
     """
     names = [name for name, _ in model.named_modules() if name]
     if layer not in names:

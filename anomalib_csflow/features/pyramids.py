@@ -1,4 +1,4 @@
-"""Pyramids of features: one layer at several sizes of the image, or several layers in one pass."""
+"""Pyramids of features: one layer at several image sizes, or several layers in one pass."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,18 +11,18 @@ from .backbones import PROBE_SIZE, FrozenBackbone, FrozenLayers
 
 
 class FeaturePyramid(nn.Module):
-    """What all pyramids of features have: a frozen backbone, and a least size of an image.
+    """What all pyramids of features have: a frozen backbone, and a minimum image size.
 
     Args:
         backbone: frozen.
-        channels: of each level, finest first.
-        strides: pixels of the image per cell, of each level.
+        channels: number of channels of each level, finest first.
+        strides: pixels of the image per position, for each level.
         what: describes the pyramid in errors.
 
     Attributes:
         channels: as given.
         strides: as given.
-        min_size: least height and width of an image: one cell at the coarsest level.
+        min_size: least height and width of an image: one position at the coarsest level.
     """
 
     def __init__(self, backbone: FrozenLayers, channels: Sequence[int], strides: Sequence[int], what: str) -> None:
@@ -34,7 +34,7 @@ class FeaturePyramid(nn.Module):
         self.what = what
 
     def check_size(self, height: int, width: int) -> None:
-        """Check that the backbone takes images of this size, and that the coarsest level has a cell.
+        """Check that the backbone takes images of this size, and that the coarsest level has a position.
 
         Raises:
             ValueError: if not; the message says what size to use.
@@ -48,8 +48,8 @@ class FeaturePyramid(nn.Module):
         fixed = self.backbone.fixed_size
         if fixed is not None and (height, width) != (fixed, fixed):
             msg = (
-                f"this backbone cannot take an image of {height}x{width} pixels: its positions are of {fixed}x{fixed} "
-                f"alone, set image_size={fixed}"
+                f"this backbone cannot take an image of {height}x{width} pixels: its positional embedding is for "
+                f"{fixed}x{fixed} only, set image_size={fixed}"
             )
             raise ValueError(msg)
 
@@ -58,13 +58,13 @@ class LayerPyramid(FeaturePyramid):
     """Several layers of one backbone in one pass, as CFLOW-AD, FastFlow and MSFlow use it.
 
     Args:
-        backbone: with layers from fine to coarse; they may have the same stride, as a transformer's do.
+        backbone: its layers must be in order from fine to coarse; they may have equal strides, as a transformer's do.
 
     Shape:
         images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``.
 
     Raises:
-        ValueError: if a layer is finer than the one before it; on an image of a wrong size.
+        ValueError: if a layer is finer than the one before it, or an image has a wrong size.
     """
 
     def __init__(self, backbone: FrozenLayers) -> None:
@@ -76,7 +76,7 @@ class LayerPyramid(FeaturePyramid):
         super().__init__(backbone, backbone.layer_channels, strides, what)
 
     def extra_repr(self) -> str:
-        """What the features are, beside the backbone's weights."""
+        """What determines the features, apart from the backbone's weights."""
         return f"layers={self.backbone.layers}, final_norm={self.backbone.final_norm}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -86,19 +86,19 @@ class LayerPyramid(FeaturePyramid):
 
 
 class ImagePyramid(FeaturePyramid):
-    """One layer of one backbone at several sizes of the image, as CS-Flow uses it.
+    """One layer of one backbone at several image sizes, as CS-Flow uses it.
 
-    The image is halved by nearest-neighbour sampling once per scale.
+    The image is halved by nearest-neighbour sampling once per level.
 
     Args:
-        backbone: applied at every scale.
-        num_scales: 1 or more.
+        backbone: applied to the image at every size.
+        num_scales: number of levels, 1 or more.
 
     Shape:
         images ``(N, 3, H, W)`` to maps ``(N, C, ceil(H / 2^s / stride), ceil(W / 2^s / stride))``.
 
     Raises:
-        ValueError: on an image that is too small for the pyramid.
+        ValueError: if an image is too small for the pyramid.
     """
 
     backbone: FrozenBackbone
@@ -108,7 +108,7 @@ class ImagePyramid(FeaturePyramid):
             msg = f"num_scales must be 1 or more, got {num_scales}"
             raise ValueError(msg)
         if backbone.fixed_size is not None and num_scales > 1:
-            msg = f"this backbone takes images of {backbone.fixed_size} pixels alone: set num_scales=1"
+            msg = f"this backbone takes images of {backbone.fixed_size} pixels only: set num_scales=1"
             raise ValueError(msg)
         super().__init__(
             backbone,
@@ -129,13 +129,13 @@ class ImagePyramid(FeaturePyramid):
         for finer, coarser in pairwise(sides):
             if coarser not in {finer // 2, (finer + 1) // 2}:
                 msg = (
-                    f"layer {self.backbone.layer!r} gives maps of {sides} cells for images of {probes} pixels, which "
+                    f"layer {self.backbone.layer!r} gives maps of side {sides} for images of side {probes}, which "
                     "do not halve: choose a backbone that pads its convolutions, or num_scales=1"
                 )
                 raise ValueError(msg)
 
     def extra_repr(self) -> str:
-        """What the features are, beside the backbone's weights."""
+        """What determines the features, apart from the backbone's weights."""
         return f"layer={self.backbone.layer!r}, num_scales={self.num_scales}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -149,20 +149,20 @@ class ImagePyramid(FeaturePyramid):
 
 
 class PooledPyramid(ImagePyramid):
-    """The maps of an :class:`ImagePyramid`, averaged over their cells and joined to one vector, as DifferNet uses them.
+    """The maps of an :class:`ImagePyramid`, averaged over positions and joined to one vector, as DifferNet uses them.
 
     Args:
-        backbone: applied at every scale.
-        num_scales: 1 or more.
+        backbone: applied to the image at every size.
+        num_scales: number of levels, 1 or more.
 
     Attributes:
-        num_features: of the vector: the channels of all scales.
+        num_features: length of the vector: the channels of all levels together.
 
     Shape:
-        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest scale first.
+        images ``(N, 3, H, W)`` to a tuple of one vector ``(N, num_features)``, finest level first.
 
     Raises:
-        ValueError: on an image that is too small for the pyramid.
+        ValueError: if an image is too small for the pyramid.
     """
 
     def __init__(self, backbone: FrozenBackbone, num_scales: int = 3) -> None:
@@ -170,7 +170,7 @@ class PooledPyramid(ImagePyramid):
         self.num_features = sum(self.channels)
 
     def _check_halving(self) -> None:
-        """Averages are of one cell, whatever the maps' sizes."""
+        """Not needed: an average is one vector, whatever the size of the map."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the vector."""

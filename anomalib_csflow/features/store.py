@@ -1,8 +1,8 @@
-"""Features that are computed once: pyramids on disk, shared by runs and by processes.
+"""Features that are computed once: pyramids on disk, shared by runs and processes.
 
-One file per image, memory-mapped, in the safetensors format: nothing is unpickled. Files appear whole (they
-are written beside and renamed), carry a checksum, and are named after all that they depend on, so a run that
-is killed, or two runs at once, leave nothing that is wrong.
+One file per image, memory-mapped, in the safetensors format: nothing is unpickled. A file appears only when it is
+complete (it is written under another name, then renamed), has a checksum, and is named after everything that it
+depends on. So neither a run that is killed nor two runs at once leave wrong features behind.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = 1
-"""Part of every name: raise it when what is stored changes its meaning."""
+"""Part of every name: raise it when the meaning of what is stored changes."""
 
 BETWEEN_LOOKS = 2**26
-"""Bytes that one process writes before it looks again at how much all have written."""
+"""Bytes that one process writes before it checks again how much all processes have written."""
 
 OWN_FILES = f"{'[0-9a-f]' * 32}/[0-9a-f][0-9a-f]/*"
-"""Nothing else in the directory is ever deleted."""
+"""Pattern of the store's own files; nothing else in the directory is ever deleted."""
 
 
 def default_directory() -> Path:
@@ -36,9 +36,9 @@ def default_directory() -> Path:
 
 
 def image_key(path: str | Path, view: str = "") -> str | None:
-    """Name of an image file as it is now, seen through a named transform; None if it cannot be found.
+    """Key of an image file in its present state, seen through a named transform; None if there is no such file.
 
-    The time of the last change of the inode is in it: unlike that of the content, nobody can set it back.
+    It includes the inode's change time, which, unlike the modification time, cannot be set back.
     """
     try:
         status = os.stat(path)  # noqa: PTH116 (many calls)
@@ -49,13 +49,13 @@ def image_key(path: str | Path, view: str = "") -> str | None:
 
 
 class FeatureStore:
-    """Pyramids that were computed in one way, by key.
+    """Pyramids that were computed in the same way, by key.
 
     Args:
-        directory: of all stores; this one is a folder in it.
-        context: all that the features depend on beside the image: a change of any gives another store.
+        directory: the directory of all stores; this one is a folder in it.
+        context: everything that the features depend on, apart from the image: each context has its own store.
         dtype: in which floating-point features are stored.
-        max_bytes: bound of the whole directory; the files that were not used for longest go first.
+        max_bytes: limit for the whole directory; the least recently used files are deleted first.
 
     Example:
         >>> import tempfile
@@ -89,11 +89,11 @@ class FeatureStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def __contains__(self, key: str) -> bool:
-        """Whether there is a file of that key; :meth:`get` tells whether it is whole."""
+        """Whether there is a file for this key; only :meth:`get` checks that it is intact."""
         return self.path(key).exists()
 
     def get(self, key: str) -> tuple[Tensor, ...] | None:
-        """Read a pyramid ``(C, H, W)`` per scale; None if it is not there, or damaged."""
+        """Read a pyramid, ``(C, H, W)`` per level; None if it is missing or damaged."""
         path = self.path(key)
         try:
             with safe_open(path, "pt") as file:
@@ -110,7 +110,7 @@ class FeatureStore:
         return pyramid
 
     def put(self, key: str, pyramid: tuple[Tensor, ...]) -> None:
-        """Store a pyramid; where that fails, warn once and go on without storing."""
+        """Store a pyramid; if that fails, warn once and continue without storing."""
         if not self._is_writing:
             return
         stored = tuple(
@@ -122,7 +122,7 @@ class FeatureStore:
         )
         try:
             if len(data) > self._room and not self._make_room(len(data)):
-                self._stop(f"its limit of {self.max_bytes / 1e9:g} GB holds no more of this run's features")
+                self._stop(f"its limit of {self.max_bytes / 1e9:g} GB is reached by this run's features alone")
                 return
             self._write(self.path(key), data)
         except OSError as error:
@@ -144,7 +144,7 @@ class FeatureStore:
             raise
 
     def _make_room(self, needed: int) -> bool:
-        """Look how much there is, delete what was not used for longest, and say whether ``needed`` bytes fit."""
+        """Measure the directory, delete the least recently used files, and return whether ``needed`` bytes fit."""
         files = []
         for path in self.directory.glob(OWN_FILES):
             with suppress(OSError):  # other processes delete too
@@ -164,8 +164,8 @@ class FeatureStore:
     def _stop(self, reason: str) -> None:
         self._is_writing = False
         warnings.warn(
-            f"the feature cache in {self.directory} stores no more: {reason}. Features that are not in it are "
-            "computed in every epoch; free space, or give FeatureCache another directory or max_gb",
+            f"the feature cache in {self.directory} stops storing: {reason}. Features that are not in it are "
+            "computed in every epoch. Free some space, or set FeatureCache's directory or max_gb",
             stacklevel=2,
         )
 

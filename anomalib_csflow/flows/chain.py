@@ -12,12 +12,12 @@ from .pyramid import Pyramid
 class PyramidFlow(nn.ModuleList):
     """Apply layers one after the other, or with ``rev`` their inverses in reverse order.
 
-    FrEIA's ``SequenceINN`` carries one tensor; this carries a tuple of maps.
+    FrEIA's ``SequenceINN`` passes one tensor along the chain, this class a tuple of maps.
 
     Args:
         layers: invertible layers whose inputs and outputs are pyramids of the same shapes.
-        recompute: keep only each layer's input for the backward pass and compute the rest again there: memory
-            hardly grows with the number of layers, for about a third more time.
+        recompute: keep only each layer's input for the backward pass and recompute the rest there: memory hardly
+            grows with the number of layers, and a step takes about a third longer.
 
     Shape:
         a tuple of maps to a tuple of maps of the same shapes, and a log-det ``(N,)`` in nats.
@@ -41,7 +41,7 @@ class PyramidFlow(nn.ModuleList):
         total = pyramid[0].new_zeros(pyramid[0].shape[0])
         for layer in reversed(self) if rev else self:
             if self.recompute and is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
-                # nothing in a layer is random, so no generator's state need be kept
+                # nothing in a layer is random, so there is no state of a generator to restore
                 pyramid, log_det = checkpoint(
                     layer, pyramid, rev=rev, jac=jac, use_reentrant=False, preserve_rng_state=False
                 )

@@ -1,4 +1,4 @@
-"""The conditioner of CS-Flow: convolutions at each scale, with links between neighbouring scales.
+"""The conditioner of CS-Flow: convolutions at each level, with links between neighbouring levels.
 
 Rudolph et al., "Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection", WACV 2022,
 https://arxiv.org/abs/2110.02855, section 3.2 and figure 4.
@@ -20,7 +20,7 @@ NEGATIVE_SLOPE = 0.1
 class SameConv2d(nn.Conv2d):
     """Zero-padded convolution whose output is ``ceil(size / stride)`` for every kernel size.
 
-    Odd kernels pad alike on both sides; even ones pad one more after than before.
+    Odd kernels are padded equally on both sides, even ones with one more at the end than at the start.
 
     Example:
         >>> SameConv2d(2, 3, kernel_size=4, stride=2)(torch.zeros(1, 2, 7, 6)).shape
@@ -37,7 +37,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class CrossConvolution(nn.Module):
-    r"""Two convolutions per scale, the second also fed by the neighbouring scales.
+    r"""Two convolutions per level, the second also fed by the neighbouring levels.
 
     .. math::
         h_i &= \mathrm{LeakyReLU}(\mathrm{conv}(x_i)) \\
@@ -45,11 +45,11 @@ class CrossConvolution(nn.Module):
                + \mathrm{conv}_{\mathrm{stride}\,2}(h_{i-1})]
 
     An up link resizes bilinearly to exactly the finer map's size; a down link gives exactly the
-    coarser map's. Each :math:`\gamma_i` is learnt from 0, so an untrained coupling is the identity.
+    coarser map's. Each :math:`\gamma_i` is learned, starting from 0, so an untrained coupling is the identity.
 
     Args:
-        in_channels: channels of each scale's input, finest first.
-        out_channels: channels of each scale's output.
+        in_channels: channels of each level's input, finest first.
+        out_channels: channels of each level's output.
         hidden_channels: channels of every hidden map.
         kernel_size: of every convolution.
 
@@ -65,7 +65,7 @@ class CrossConvolution(nn.Module):
         hidden = hidden_channels
         self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, kernel_size)) for c in in_channels)
         self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, kernel_size)) for c in out_channels)
-        # up[i] leads from scale i + 1 to scale i, down[i] from scale i to scale i + 1
+        # up[i] leads from level i + 1 to level i, down[i] from level i to level i + 1
         self.up = nn.ModuleList(
             lay_out(SameConv2d(hidden, c, kernel_size), resized=True) for c in list(out_channels)[:links]
         )
@@ -83,7 +83,7 @@ class CrossConvolution(nn.Module):
         for i in range(len(up)):
             (height, width), coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]
             outputs[i] = outputs[i] + convolve_resized(hidden[i + 1], (height, width), up[i])
-            # ceil(size / 2) as it comes; the crop serves maps that were halved by rounding down
+            # the convolution gives ceil(size / 2); the crop is for maps that were halved by rounding down
             outputs[i + 1] = outputs[i + 1] + convolve(hidden[i], down[i])[..., : coarser[0], : coarser[1]]
-        # in the parameters' precision, whatever that of the convolutions: these become log-scales and shifts
+        # in the precision of the parameters, not of the convolutions: these become log-scales and shifts
         return tuple(gamma * output.to(gamma.dtype) for gamma, output in zip(self.gamma, outputs, strict=True))

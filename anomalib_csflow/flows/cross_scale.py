@@ -22,10 +22,10 @@ ATAN_FACTOR = 0.636
 
 
 class CrossScaleCoupling(InvertibleModule):
-    r"""Glow-type affine coupling of all scales at once, both halves transformed (eq. 3 and 4).
+    r"""Glow-type affine coupling of all levels at once, both halves transformed (eq. 3 and 4).
 
-    Each scale's channels are split into halves :math:`(u, v)`; the conditioners :math:`g, h` see one
-    half of **every** scale:
+    Each level's channels are split into halves :math:`(u, v)`; the conditioners :math:`g, h` see one
+    half of **every** level:
 
     .. math::
         u' &= u \odot e^{\sigma(s)} + t, \quad (s, t) = g(v) \\
@@ -33,11 +33,11 @@ class CrossScaleCoupling(InvertibleModule):
         \sigma(s) = 0.636\, c \arctan(s / c)
 
     Args:
-        dims_in: ``(C, H, W)`` of each scale, finest first; C from 2, odd ones too. Only the channels
-            are fixed: maps of other sizes may be passed later.
-        dims_c: ``(C, H, W)`` of one condition per scale, or none. A condition is given to both
-            conditioners, beside the half.
-        conditioner: makes the conditioners from (input channels, output channels) of the scales;
+        dims_in: ``(C, H, W)`` of each level, finest first; C is 2 or more, even or odd. Only the channels are
+            fixed: maps of other sizes may be passed later.
+        dims_c: ``(C, H, W)`` of one condition per level, or none. Both conditioners get it, concatenated to their
+            half.
+        conditioner: makes the conditioners from (input channels, output channels) of the levels;
             each maps a tuple of maps to a tuple of maps. The default is :class:`CrossConvolution`.
         hidden_channels: of the default conditioner.
         kernel_size: of the default conditioner.
@@ -47,7 +47,7 @@ class CrossScaleCoupling(InvertibleModule):
         maps ``(N, C_i, H_i, W_i)`` to maps of the same shapes, and a log-det ``(N,)`` in nats.
 
     Raises:
-        ValueError: if the scales, channels or sizes do not make a pyramid.
+        ValueError: if the levels, channels or sizes do not make a pyramid.
 
     Example:
         >>> coupling = CrossScaleCoupling([(4, 6, 8), (4, 3, 4)], hidden_channels=8)
@@ -69,10 +69,10 @@ class CrossScaleCoupling(InvertibleModule):
         super().__init__(dims_in, dims_c)
         self.channels = [dims[0] for dims in self.dims_in]
         if not self.channels or min(self.channels) < 2:
-            msg = f"a coupling needs at least one scale and two channels at each, got dims_in={self.dims_in}"
+            msg = f"a coupling needs at least one level and two channels at each, got dims_in={self.dims_in}"
             raise ValueError(msg)
         if self.dims_c and len(self.dims_c) != len(self.dims_in):
-            msg = f"give one condition per scale or none: {len(self.dims_in)} scales, {len(self.dims_c)} conditions"
+            msg = f"give one condition per level or none: {len(self.dims_in)} levels, {len(self.dims_c)} conditions"
             raise ValueError(msg)
         check_sizes([(height, width) for _, height, width in self.dims_in])
 
@@ -94,7 +94,7 @@ class CrossScaleCoupling(InvertibleModule):
         if len(conditions) != len(self.dims_c):
             msg = f"expected {len(self.dims_c)} conditions, got {len(conditions)}"
             raise ValueError(msg)
-        # split and not sliced: the gradient of a slice is filled up with zeros, in another memory layout
+        # split, not sliced: the gradient of a slice is padded with zeros, in another memory layout
         first, second = zip(
             *(level.split([u, v], dim=1) for level, u, v in zip(pyramid, self.first, self.second, strict=True)),
             strict=True,
@@ -126,7 +126,7 @@ class CrossScaleCoupling(InvertibleModule):
     def _log_scale_and_shift(
         self, conditioner: nn.Module, half: Pyramid, conditions: Pyramid
     ) -> tuple[Pyramid, Pyramid]:
-        """Clamped log-scales and shifts of the other half, from one half of every scale."""
+        """Clamped log-scales and shifts of the other half, from one half of every level."""
         if conditions:
             half = tuple(torch.cat(maps, dim=1) for maps in zip(half, conditions, strict=True))
         raw, shift = zip(*(output.chunk(2, dim=1) for output in conditioner(half)), strict=True)

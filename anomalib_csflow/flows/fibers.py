@@ -1,4 +1,4 @@
-"""CFLOW-AD's flow: of one cell's vector at a time, given where the cell is.
+"""CFLOW-AD's flow: on the vector at one position at a time, given where the position is.
 
 Gudovskiy, Ishizaka, Kozuka, "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization via
 Conditional Normalizing Flows", WACV 2022, https://arxiv.org/abs/2107.12571, section 4.
@@ -20,16 +20,16 @@ def _subnet(in_channels: int, out_channels: int) -> nn.Module:
 
 
 class FiberFlow(InvertibleModule):
-    """Transform each cell's vector (a fiber) of each level, by one conditional decoder per level.
+    """Transform the vector at each position of each level (a fiber), by one conditional decoder per level.
 
-    Cells are independent of one another given their positions, so that the log-det of a level is the
-    sum of its cells'.
+    Given where they are, positions are independent of each other, so the log-det of a level is the sum of
+    its positions' log-dets.
 
     Args:
-        dims_in: ``(C, H, W)`` of each level; only the channels count.
+        dims_in: ``(C, H, W)`` of each level; only the channels matter.
         dims_c: unused, part of FrEIA's interface.
-        num_blocks: of each decoder.
-        condition_channels: of the positional encoding, a multiple of 4.
+        num_blocks: number of blocks of each decoder.
+        condition_channels: number of channels of the positional encoding, a multiple of 4.
         clamp: bound of the log-scales.
         permute_soft: rotate between blocks instead of permuting.
 
@@ -84,7 +84,7 @@ class FiberFlow(InvertibleModule):
         return output, torch.stack([log_det.flatten(1).sum(1) for log_det in log_dets]).sum(0)
 
     def cells(self, x_or_z: Iterable[Tensor], rev: bool = False) -> tuple[Pyramid, Pyramid]:
-        """Transform a pyramid; returns the maps and each cell's log-det, ``(N, 1, H_i, W_i)``."""
+        """Transform a pyramid; returns the maps and each position's log-det, ``(N, 1, H_i, W_i)``."""
         output, log_dets = [], []
         for index, level in enumerate(check_pyramid(tuple(x_or_z), self.channels, halved=False)):
             count, channels, height, width = level.shape
@@ -94,7 +94,7 @@ class FiberFlow(InvertibleModule):
         return tuple(output), tuple(log_dets)
 
     def fibers(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors of a level's cells ``(N * H * W, C)``, and their conditions ``(N * H * W, P)``."""
+        """The vectors at a level's positions ``(N * H * W, C)``, and their conditions ``(N * H * W, P)``."""
         count, channels, height, width = level.shape
         encoding = positional_encoding(self.condition_channels, height, width, like=level)
         conditions = encoding.flatten(1).T.expand(count, -1, -1).flatten(0, 1)

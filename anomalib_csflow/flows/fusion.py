@@ -14,7 +14,7 @@ from .pyramid import Pyramid
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each cell of a map ``(N, C, H, W)``, of any size.
+    """Layer norm over the channels at each position of a map ``(N, C, H, W)``, of any size.
 
     Example:
         >>> ChannelNorm(8)(torch.randn(2, 8, 3, 5)).mean(1).abs().max() < 1e-6
@@ -22,7 +22,7 @@ class ChannelNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize each cell."""
+        """Normalize each position."""
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -37,7 +37,7 @@ def normalized_convolutions(in_channels: int, out_channels: int) -> nn.Module:
 
 
 class FusionConditioner(nn.Module):
-    r"""Join all levels at the coarsest one's grid, and give each what they say together.
+    r"""Join all levels at the size of the coarsest, and add the result to each.
 
     .. math::
         h = \mathrm{ReLU}(\mathrm{conv}(\mathrm{ReLU}(\mathrm{norm}(\mathrm{conv}([\mathrm{pool}(x_i)]_i))))), \qquad
@@ -57,7 +57,7 @@ class FusionConditioner(nn.Module):
         super().__init__()
         self.in_channels = list(in_channels)
         joined = sum(in_channels)
-        hidden = max(joined // 4, 4)  # a norm over one channel leaves nothing, over two a sign
+        hidden = max(joined // 4, 4)  # a norm over one channel gives 0, and over two only a sign
         self.join = nn.Sequential(
             nn.Conv2d(joined, hidden, 3, padding=1),
             ChannelNorm(hidden),

@@ -17,7 +17,7 @@ from .pyramid import Pyramid, check_pyramid
 
 
 def _soft_clamp(values: Tensor, clamp: float) -> Tensor:
-    """To within +-1; FrEIA's own does not divide by the clamp, and so is steeper at 0 than the published one."""
+    """Map to within +-1; FrEIA's own does not divide by ``clamp``, which makes it steeper at 0 than published."""
     return ATAN_FACTOR * torch.atan(values / clamp)
 
 
@@ -32,10 +32,10 @@ class GlowCoupling(GLOWCouplingBlock):
         \sigma(s) = 0.636\, c \arctan(s / c)
 
     Args:
-        dims_in: ``(D,)`` of the one vector, D from 2.
+        dims_in: ``(D,)`` of the one vector, D 2 or more.
         dims_c: unused, part of FrEIA's interface.
-        hidden_features: of the perceptrons.
-        num_hidden: hidden layers of the perceptrons.
+        hidden_features: width of the perceptrons.
+        num_hidden: number of hidden layers of the perceptrons.
         clamp: bound :math:`c` of the log-scales (alpha).
 
     Shape:

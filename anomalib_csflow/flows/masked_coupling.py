@@ -17,13 +17,13 @@ Mask = Literal["halves", "checkerboard"]
 
 
 class MaskedCoupling(InvertibleModule):
-    r"""Affine coupling of what a mask :math:`b` lets change, by what it keeps.
+    r"""Affine coupling that changes what a mask :math:`b` does not keep, depending on what it keeps.
 
     .. math::
         y = b \odot x + (1 - b) \odot (x + t) \odot e^{s}, \quad
         s = r \odot \tanh(s'), \quad (s', t) = g(b \odot x)
 
-    The rescaling :math:`r`, one per channel, is learnt from 1.
+    The rescaling :math:`r`, one per channel, is learned, starting from 1.
 
     Args:
         dims_in: ``(D,)`` of the one vector or ``(C, H, W)`` of the one map. Only the channels are fixed.
@@ -37,7 +37,7 @@ class MaskedCoupling(InvertibleModule):
         a tuple of one tensor to a tuple of one of the same shape, and a log-det ``(N,)`` in nats.
 
     Raises:
-        ValueError: if there is not one vector or map, or nothing that the mask could split.
+        ValueError: if there is not exactly one vector or map, or the mask cannot split it.
 
     Example:
         >>> coupling = MaskedCoupling([(6,)], conditioner=nn.Linear)
@@ -58,7 +58,7 @@ class MaskedCoupling(InvertibleModule):
         super().__init__(dims_in, dims_c)
         channels, *size = self.dims_in[0]
         if len(self.dims_in) != 1 or (mask == "halves" and channels < 2) or (mask == "checkerboard" and not size):
-            msg = f"a mask of {mask} needs one tensor that it can split, got dims_in={self.dims_in}"
+            msg = f"the mask {mask!r} needs exactly one tensor that it can split, got dims_in={self.dims_in}"
             raise ValueError(msg)
         self.channels = channels
         self.mask = mask
@@ -82,7 +82,7 @@ class MaskedCoupling(InvertibleModule):
         return (torch.where(kept, x, changed),), -log_det if rev else log_det
 
     def _kept(self, x: Tensor) -> Tensor:
-        """The mask, which broadcasts to x."""
+        """The mask, in a shape that broadcasts to that of x."""
         if self.mask == "halves":
             kept = (torch.arange(self.channels, device=x.device) < self.channels // 2).view(self.rescale.shape)
         else:

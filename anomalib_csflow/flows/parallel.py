@@ -1,4 +1,4 @@
-"""One flow per level, side by side: FastFlow's whole flow, and the first part of MSFlow's."""
+"""One flow per level, side by side: all of FastFlow's flow, and the first part of MSFlow's."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,16 +11,16 @@ from .pyramid import Pyramid, check_pyramid
 
 
 class ParallelFlow(InvertibleModule):
-    """Transform each level of a pyramid by a chain of all-in-one blocks of its own.
+    """Transform each level of a pyramid by its own chain of all-in-one blocks.
 
-    Levels may be of any sizes, equal ones too. With ``condition_channels``, each cell's position is a
-    condition of all blocks.
+    Levels may have any sizes, also equal ones. With ``condition_channels``, all blocks are conditioned on the
+    positional encoding.
 
     Args:
-        dims_in: ``(C, H, W)`` of each level; only the channels count.
+        dims_in: ``(C, H, W)`` of each level; only the channels matter.
         dims_c: unused, part of FrEIA's interface.
         subnets: for each level, what makes the network of each block.
-        condition_channels: of the positional encoding, a multiple of 4, or 0 for none.
+        condition_channels: number of channels of the positional encoding, a multiple of 4, or 0 for none.
         clamp: bound of the log-scales.
         permute_soft: rotate between blocks instead of permuting.
 
@@ -54,7 +54,9 @@ class ParallelFlow(InvertibleModule):
             check_encoding(condition_channels)
         self.channels = [dims[0] for dims in self.dims_in]
         self.condition_channels = condition_channels
-        seeds = [sum(len(blocks) for blocks in subnets[:level]) for level in range(len(subnets))]  # none used twice
+        seeds = [
+            sum(len(blocks) for blocks in subnets[:level]) for level in range(len(subnets))
+        ]  # each block has its own
         self.levels = nn.ModuleList(
             all_in_one_chain(
                 channels,

@@ -1,4 +1,4 @@
-"""Fixed random channel permutations, one per scale."""
+"""Fixed random channel permutations, one per level."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,15 +11,15 @@ from .pyramid import Pyramid, check_pyramid
 
 
 class ScalePermutation(InvertibleModule):
-    """Permute the channels of each scale by its own random, fixed permutation.
+    """Permute the channels of each level by its own random, fixed permutation.
 
-    The permutations are drawn from one legacy NumPy generator (MT19937), finest scale first, as in
+    The permutations are drawn from one legacy NumPy generator (MT19937), finest level first, as in
     the published CS-Flow code: block ``k`` with ``seed=k`` has the paper's permutations.
 
     Args:
-        dims_in: ``(C, H, W)`` of each scale, finest first, or ``(D,)`` of vectors.
+        dims_in: ``(C, H, W)`` of each level, finest first, or ``(D,)`` of vectors.
         dims_c: unused, part of FrEIA's interface.
-        seed: of the draw.
+        seed: of the generator.
 
     Shape:
         maps ``(N, C_i, H_i, W_i)`` or vectors ``(N, D_i)`` to the same shapes, and a log-det of zeros ``(N,)``.

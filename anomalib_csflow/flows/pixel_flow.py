@@ -1,4 +1,4 @@
-"""RealNVP of pixels: a density of images that finds no defects, as a lesson.
+"""RealNVP on pixels: a density of images that does not find defects, to show why embeddings are needed.
 
 Kirichenko, Izmailov, Wilson, "Why Normalizing Flows Fail to Detect Out-of-Distribution Data", NeurIPS 2020,
 https://arxiv.org/abs/2006.08545; the flow is that of Dinh, Sohl-Dickstein, Bengio, "Density estimation
@@ -6,9 +6,9 @@ using Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803, section 3.
 
 Differs from the published code:
 
-- the conditioners have no batch norm, with which an image's likelihood would depend on the others in training,
-  and no weight norm; their last layer begins at zero;
-- without ``noise`` the dequantisation adds one half everywhere, so that a likelihood is a function of the image.
+- the conditioners have no batch norm, which would make an image's likelihood in training depend on the other
+  images, and no weight norm; their last layer is initialized to zero;
+- without ``noise``, dequantization adds one half everywhere, so that the likelihood is a function of the image.
 """
 
 import math
@@ -26,13 +26,13 @@ LEVELS = 256
 
 
 class ResidualConvolutions(nn.Module):
-    """The conditioner of couplings of pixels: a convolution, residual blocks of two, and a 1x1 convolution.
+    """The conditioner of couplings on pixels: a convolution, residual blocks of two convolutions, a 1x1 convolution.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output, which begins at zero.
-        hidden_channels: of all maps between.
-        num_blocks: residual blocks.
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output, which is zero at first.
+        hidden_channels: number of channels of all maps between.
+        num_blocks: number of residual blocks.
 
     Shape:
         maps ``(N, in_channels, H, W)`` to maps ``(N, out_channels, H, W)``.
@@ -63,27 +63,27 @@ class ResidualConvolutions(nn.Module):
 
 
 class PixelFlow(nn.Module):
-    r"""The multi-scale RealNVP of images: logits, then per scale couplings, half of whose channels are factored out.
+    r"""The multi-scale RealNVP on images: a logit, then couplings at each scale, which split off half the channels.
 
     Every scale but the last has three couplings with checkerboard masks, a squeeze of 2x2 pixels into
-    channels, three couplings with masks of channels, and gives half of its channels to the latents;
-    the last has four with checkerboard masks. Before them, pixels in [0, 1] are dequantised and go through
+    channels, and three couplings with masks over channels; half of its channels then become latents. The last
+    scale has four couplings with checkerboard masks. First of all, pixels in [0, 1] are dequantized and transformed by
 
     .. math::
         y = \mathrm{logit}\left(\tfrac{1 - a}{2} + a\,p\right), \quad p = (255 x + u) / 256, \quad a = 0.9
 
     Args:
-        channels: of the images.
+        channels: number of channels of the images.
         num_scales: 1 or more; 3 is the paper's on CIFAR-10 and CelebA, 2 on MNIST.
-        hidden_channels: of the conditioners at the finest scale, doubled at each following one.
-        num_blocks: residual blocks of each conditioner.
+        hidden_channels: of the conditioners at the finest scale; doubled at each further scale.
+        num_blocks: number of residual blocks of each conditioner.
         constraint: :math:`a`.
 
     Shape:
         images ``(N, channels, H, W)`` in [0, 1] to latents, finest first, and a log-det ``(N,)`` in nats.
 
     Raises:
-        ValueError: on images whose sides cannot be halved at every scale but the last.
+        ValueError: if an image cannot be halved at every scale but the last.
 
     Example:
         >>> flow = PixelFlow(1, num_scales=2, hidden_channels=4, num_blocks=1)
@@ -135,7 +135,7 @@ class PixelFlow(nn.Module):
         share = ((LEVELS - 1) * images + (0.5 if noise is None else noise)) / LEVELS
         x = torch.logit((1 - self.constraint) / 2 + self.constraint * share)
         log_det = images.new_zeros(len(images))
-        if jac:  # of the logit: 1 / (p (1 - p)), by its own output; and of the two scalings before it
+        if jac:  # of the logit, 1 / (p (1 - p)), written in terms of its output; and of the two scalings before it
             scalings = math.log(self.constraint * (LEVELS - 1) / LEVELS)
             log_det = (F.softplus(x) + F.softplus(-x) + scalings).flatten(1).sum(1)
         latents = []
@@ -148,7 +148,7 @@ class PixelFlow(nn.Module):
         return (*latents, x), log_det
 
     def inverse(self, latents: Pyramid) -> Tensor:
-        """The images of latents, dequantised by one half: ``(N, C, H, W)``."""
+        """Images from latents, dequantized by one half: ``(N, C, H, W)``."""
         *factored, x = latents
         for scale in reversed(range(self.num_scales)):
             if scale < self.num_scales - 1:
@@ -162,12 +162,12 @@ class PixelFlow(nn.Module):
         return (LEVELS * share - 0.5) / (LEVELS - 1)
 
     def nll(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood in nats, ``(N,)``, of dequantised pixels of unit width, as the literature counts it.
+        """Negative log-likelihood in nats, ``(N,)``, of dequantized pixels in steps of 1, as in the literature.
 
         Args:
             images: ``(N, C, H, W)`` in [0, 1].
-            noise: in [0, 1), of the images' shape; one half if not given. Random noise gives the bound
-                of the discrete likelihood on which the flow is trained.
+            noise: in [0, 1), of the images' shape; one half if not given. With random noise this is the bound
+                on the discrete likelihood that the flow is trained with.
         """
         latents, log_det = self(images, noise)
         dims = images[0].numel()

@@ -1,4 +1,4 @@
-"""Where a cell of a map is, as a vector: the condition of CFLOW-AD's and MSFlow's flows."""
+"""Positions in a map as vectors: the condition of CFLOW-AD's and MSFlow's flows."""
 
 import math
 
@@ -10,28 +10,28 @@ def check_encoding(channels: int) -> None:
     """Check that an encoding can have this number of channels.
 
     Raises:
-        ValueError: if it is no positive multiple of 4: a sine and a cosine each of x and of y.
+        ValueError: unless it is a positive multiple of 4: a sine and a cosine for each of x and y.
     """
     if channels < 4 or channels % 4:
-        msg = f"a positional encoding has a multiple of 4 channels, from 4: got {channels}"
+        msg = f"the channels of a positional encoding must be a positive multiple of 4, got {channels}"
         raise ValueError(msg)
 
 
 def positional_encoding(channels: int, height: int, width: int, like: Tensor) -> Tensor:
-    r"""Sines and cosines of a cell's column and row at geometric frequencies.
+    r"""Sines and cosines of a position's column and row, at frequencies in geometric progression.
 
     .. math::
         e_{2k} = \sin(x \, \omega_k), \quad e_{2k+1} = \cos(x \, \omega_k), \qquad
         \omega_k = 10000^{-4k / P}, \quad 0 \le k < P / 4
 
-    for the column :math:`x`; the second half of the :math:`P` channels is the same of the row.
+    for the column :math:`x`; the second half of the :math:`P` channels is the same for the row.
     Vaswani et al., "Attention Is All You Need", 2017, section 3.5, in two dimensions.
 
     Args:
         channels: :math:`P`, a multiple of 4.
-        height: of the map, in cells.
-        width: of the map, in cells.
-        like: a tensor whose type and device the encoding gets.
+        height: of the map.
+        width: of the map.
+        like: a tensor with the type and device that the encoding should have.
 
     Returns:
         ``(channels, height, width)``.

@@ -1,8 +1,8 @@
-"""Convolutions of small maps by the way that is fastest on a processor, forward and backward.
+"""Convolutions of small maps in whichever way is fastest on a CPU, forward and backward.
 
-A convolution library brings weights into a layout of its own, and their gradients back. Where a map has few
-positions that takes longer than the products, and one matrix product with the map's windows is faster. On
-other devices, and in graphs that are compiled or exported, all of this is the plain convolution.
+A convolution library copies weights into a layout of its own, and their gradients back. For a map with few
+positions this takes longer than the multiplications, and one matrix product with the map's windows is faster.
+On other devices, and in graphs that are compiled or exported, everything here is the plain convolution.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ FEW_POSITIONS = 1024
 """Positions N * H * W below which one matrix product beats the convolution (speed/coupling.py)."""
 
 MANY_CHANNELS = 256
-"""Input channels from which multiplying before resizing beats resizing before the convolution."""
+"""Input channels from which on it is faster to multiply before resizing than to resize before the convolution."""
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -34,9 +34,9 @@ def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def convolve_resized(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tensor:
     """Resize ``(N, C, H, W)`` bilinearly to a larger size and convolve it with stride 1.
 
-    Resizing acts on positions and a kernel's matrices on channels, so they commute: the products with each
-    matrix are made on the small map, then resized, then added up at their places. For twice the size that
-    is a quarter of the products.
+    Resizing acts on positions and the matrices of a kernel act on channels, so the two commute: the small map is
+    multiplied by each matrix, the products are resized, then added up at their places. For twice the size, this
+    takes a quarter of the multiplications.
     """
     if _is_plain(x) or conv.in_channels < MANY_CHANNELS:
         return convolve(F.interpolate(x, size=size, mode="bilinear", align_corners=False), conv)
@@ -49,7 +49,7 @@ def convolve_resized(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tenso
 
 
 def lay_out(conv: nn.Conv2d, *, resized: bool = False) -> nn.Conv2d:
-    """Store a convolution's weight in the order that the products want; its shape stays."""
+    """Store a convolution's weight in the order in which the products read it; its shape does not change."""
     order = (2, 3, 0, 1) if resized and conv.in_channels >= MANY_CHANNELS else (0, 2, 3, 1)
     back = [order.index(dim) for dim in range(4)]
     conv.weight.data = conv.weight.data.permute(order).contiguous().permute(back)
@@ -96,7 +96,7 @@ def _add_windows(windows: Tensor, size: tuple[int, int], kernel_size: int, strid
 class _Gather(Function):
     """Windows of ``(N, H, W, C)`` times a weight ``(out_channels, k * k * C)``.
 
-    The windows are made again in the backward pass: kept, they would be k * k times the map.
+    The windows are made again in the backward pass: keeping them would take k * k times the memory of the map.
     """
 
     @staticmethod
@@ -120,7 +120,7 @@ class _Gather(Function):
 class _Spread(Function):
     """Sum of a convolution's taps ``(N, H, W, k * k * C)``.
 
-    Tap (i, j) of a position belongs to the output that has the position at (i, j) of its window.
+    Tap (i, j) of a position contributes to the output whose window has the position at (i, j).
     """
 
     @staticmethod
