@@ -16,7 +16,7 @@ Pyramid = tuple[Tensor, ...]
 """Maps ``(N, C, H, W)``, finest level first."""
 MapMode = Literal["finest", "mean", "product", "soft_minimum"]
 MAP_MODES: tuple[str, ...] = get_args(MapMode)
-TEMPERATURE = 2.0
+TEMPERATURE = 4.0
 """Of the soft minimum of standardized levels: from 1 to 4 the mean image AUROC of seven data sets moves by 0.003."""
 
 

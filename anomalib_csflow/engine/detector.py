@@ -8,6 +8,7 @@ from typing import Any, cast
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import AUROC, Evaluator
+from anomalib.metrics.base import AnomalibMetric
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -27,6 +28,7 @@ from .fitting import FlowFitting
 from .images import ImageOptions, check_images, image_files
 from .model import FlowModel
 from .optimization import FlowOptimization, TrainingOptions
+from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 
@@ -154,10 +156,16 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
         return self.image_options.pre_processor(image_size)
 
+    def configure_post_processor(self) -> PostProcessor:
+        """Labels and masks with a promised rate of false alarms, from good images alone."""
+        return ConformalPostProcessor()
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Anomalib's default test metrics, and validation metrics that early stopping can monitor."""
         defaults = AnomalibModule.configure_evaluator()
+        for metric in cast("list[AnomalibMetric]", list(defaults.test_metrics)):
+            metric.strict = False  # a detector that was not calibrated has scores and no labels
         return Evaluator(
             val_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_"),

@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.data import AnomalibDataset
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from anomalib_csflow.flows import ChannelWhitening
 from anomalib_csflow.flows.pyramid import Pyramid
 
+from .folds import LEAST_IMAGES, out_of_fold
 from .model import FlowModel
 from .optimization import TrainingOptions
-from .providers import FeatureProvider, RepeatedSet
+from .post_processing import ConformalPostProcessor
+from .providers import CachedSet, FeatureProvider, RepeatedSet
 
 LEAST_SHRINKAGE = 0.1
 """Of a whitening, in standard deviations of the channels; more where the training features have more noise."""
@@ -30,6 +34,7 @@ class FlowFitting(LightningModule):
     training_options: TrainingOptions
     features: Callable[[Any], Pyramid]
     pre_processor: PreProcessor | None
+    post_processor: PostProcessor | None
     _noise = 0.0
     _measured_step = -1
     _saved_step = -1
@@ -124,13 +129,46 @@ class FlowFitting(LightningModule):
         self._measure_once()
 
     def on_train_end(self) -> None:
-        """Write a checkpoint, if the last step has none yet, so that no fit ends without one."""
+        """Calibrate, and write the checkpoint again; also if the last step has none yet, so that no fit ends without.
+
+        Where a monitored metric chose another step's checkpoint, that one stays, with the thresholds of its validation.
+        """
         self._measure_once()
+        is_new = self.calibrate_out_of_fold() or self._saved_step != self.global_step
         checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and self._saved_step != self.global_step:
-            path = Path(checkpoint.dirpath) / f"{checkpoint.filename or 'model'}.ckpt"
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and checkpoint.monitor is None and is_new:
+            path = checkpoint.best_model_path or Path(checkpoint.dirpath) / f"{checkpoint.filename or 'model'}.ckpt"
             self.trainer.save_checkpoint(path)
             checkpoint.best_model_path = str(path)
+
+    def calibrate_out_of_fold(self) -> bool:
+        """Take thresholds from refits, where the validation's good images are too few for the rate that is asked for.
+
+        Returns:
+            Whether thresholds were taken.
+        """
+        processor = self.post_processor
+        if not isinstance(processor, ConformalPostProcessor) or processor.is_satisfied:
+            return False
+        images: Any = getattr(self.trainer.train_dataloader, "dataset", None)
+        while isinstance(images, (RepeatedSet, CachedSet)):
+            images = images.dataset
+        reason = None
+        if not isinstance(images, AnomalibDataset) or not self.provider.keeps:
+            reason = "the training images' features are not kept, so that refits would take as long as the fit"
+        elif self.trainer.world_size > 1:
+            reason = "several processes do not refit"
+        elif len(images) < LEAST_IMAGES:
+            reason = f"{len(images)} training images are too few to refit on, which takes {LEAST_IMAGES} or more"
+        if reason is not None:
+            rank_zero_warn(
+                f"Thresholds come from {processor.num_good} good validation images alone, which is too few for "
+                f"false_alarm_rate={processor.false_alarm_rate}: {reason}."
+            )
+            return False
+        scores, maxima = out_of_fold(self, images)  # type: ignore[arg-type]
+        processor.calibrate_out_of_fold(scores, maxima)
+        return True
 
     def _measure_once(self) -> None:
         if self.trainer.state.fn == "fit" and self._measured_step != self.global_step:

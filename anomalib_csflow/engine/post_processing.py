@@ -140,10 +140,38 @@ class ConformalPostProcessor(PostProcessor):
         self._is_given = True
         return found.promise
 
+    @property
+    def num_good(self) -> int:
+        """How many good images the thresholds come from."""
+        return self.score_scale.good.numel()
+
+    @property
+    def is_satisfied(self) -> bool:
+        """Whether the thresholds keep the rate that is asked for, or are not conformal."""
+        return self.threshold == "f1" or (self.made is not None and self.made.is_as_asked)
+
+    def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
+        """Calibrate on out-of-fold scores, and on those of the validation's good images if there are any.
+
+        Args:
+            scores: ``(n,)``, raw.
+            map_maxima: ``(n,)``, raw; None of detectors without maps.
+
+        Returns:
+            What the thresholds promise: an estimate, without a guarantee for few images.
+        """
+        scores = torch.cat([self.score_scale.good.cpu(), scores])
+        if map_maxima is not None:
+            map_maxima = torch.cat([self.map_scale.good.cpu(), map_maxima])
+        return self.calibrate(scores, map_maxima, "estimated")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget that there are thresholds: their weights are about to change."""
         del trainer, pl_module
         self._is_given = False
+        self.made = None
+        for scale in (self.score_scale, self.map_scale):
+            scale.calibrate(None, None)
 
     def on_validation_batch_end(  # type: ignore[override] # anomalib's own signature is not Lightning's
         self, trainer: Trainer, pl_module: LightningModule, outputs: Batch[Any], *args: Any, **kwargs: Any

@@ -1,0 +1,118 @@
+"""Out-of-fold scores: what a detector says of good images that it was not fitted on, when there are few to hold out."""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.data import AnomalibDataset
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .good_images import GoodImages
+
+if TYPE_CHECKING:
+    from .detector import FlowDetector
+
+NUM_FOLDS = 3
+LEAST_IMAGES = 6
+"""Fewer good images than this cannot be refitted on: a fold would leave fewer than four."""
+
+
+class _Fold(LightningDataModule):
+    """The good images of all folds but one to fit on, and of that one to score."""
+
+    def __init__(self, fitted: AnomalibDataset, scored: AnomalibDataset, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.train_data, self.val_data = fitted, scored
+        self.train_batch_size, self.num_workers = batch_size, num_workers
+
+    def _loader(self, data: Any, *, shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            data, self.train_batch_size, shuffle, num_workers=self.num_workers, collate_fn=data.collate_fn
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches to fit on."""
+        return self._loader(self.train_data, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches to score."""
+        return self._loader(self.val_data, shuffle=False)
+
+
+class _Scores(Callback):
+    """Collects the raw scores of what is validated."""
+
+    def __init__(self) -> None:
+        self.images = GoodImages()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Collect a batch's."""
+        del trainer, pl_module, args
+        self.images.add(outputs)
+
+
+def out_of_fold(detector: "FlowDetector", images: AnomalibDataset) -> tuple[Tensor, Tensor | None]:
+    """Refit a detector on all folds but one, and score that one's images; for each of three folds.
+
+    The refits see the same features, steps and settings as the detector's own fit did, which is over.
+
+    Args:
+        detector: fitted, with its trainer.
+        images: good ones, on which it was fitted.
+
+    Returns:
+        Raw scores ``(n,)`` and maxima of the maps ``(n,)``, None without maps; in no order that means anything.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    collector = _Scores()
+    loader: Any = detector.trainer.train_dataloader
+    rank_zero_info(
+        f"Taking thresholds from {NUM_FOLDS} refits, each on two thirds of the {len(images)} good images, of the other "
+        "third: too few were held out for the false-alarm rate. The fitted detector stays as it is."
+    )
+    with torch.random.fork_rng():
+        for fold in range(NUM_FOLDS):
+            torch.manual_seed(fold)
+            scored, fitted = order[fold::NUM_FOLDS], [i for k, i in enumerate(order) if k % NUM_FOLDS != fold]
+            data = _Fold(_subset(images, fitted), _subset(images, scored), loader.batch_size, loader.num_workers)
+            _refit(detector, data, collector)
+    return collector.images.take()
+
+
+def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
+    return images.subsample(list(indices), inplace=False)
+
+
+def _refit(detector: "FlowDetector", data: _Fold, collector: _Scores) -> None:
+    """Fit a detector of the same arguments and backbone, as long as the given one was fitted."""
+    arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
+    refitted = type(detector)(**arguments, **COMPONENTS | {"pre_processor": detector.pre_processor or False})
+    refitted.model.features.load_state_dict(detector.model.features.state_dict())
+    own = detector.trainer
+    cache = copy(detector.feature_cache)
+    if cache is not None:
+        cache.opened = None
+    trainer = Trainer(
+        max_epochs=own.max_epochs,
+        max_steps=own.max_steps,
+        check_val_every_n_epoch=max(own.max_epochs or 1, 1),
+        accelerator="auto" if own.strategy.root_device.type != "cpu" else "cpu",
+        devices=1,
+        precision=own.precision,
+        accumulate_grad_batches=own.accumulate_grad_batches,
+        gradient_clip_val=own.gradient_clip_val,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[collector, *([cache] if cache is not None else [])],
+    )
+    trainer.fit(refitted, datamodule=data)
+
+
+COMPONENTS: dict[str, Any] = {"pre_processor": False, "post_processor": False, "evaluator": False, "visualizer": False}
