@@ -1,0 +1,182 @@
+"""A fit by steps: as many on few images as on many, each image computed once, and never without a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.data import AnomalibDataset, Folder
+from anomalib.engine import Engine
+from conftest import FAST_FLOW
+from lightning.pytorch import Callback
+
+from anomalib_csflow import CSFlow, FastFlow, FeatureCache
+from anomalib_csflow.engine.post_processing import ConformalPostProcessor
+from anomalib_csflow.engine.providers import RepeatedSet
+
+OVER_LAYERS: dict[str, Any] = {
+    "backbone": "tf_efficientnet_lite0",
+    "layers": ["blocks.2", "blocks.4", "blocks.5"],
+    "weights": "package",
+    "image_size": 64,
+    "num_scales": 1,
+    "num_blocks": 1,
+    "kernel_sizes": [3],
+    "hidden_channels": 8,
+    "standardize": True,
+    "whiten": True,
+    "map_mode": "soft_minimum",
+    "image_score": "map",
+    "top_share": 0.03,
+    "lr": 1e-2,
+    "schedule": "one_cycle",
+    "noise": "auto",
+}
+
+
+class Steps(Callback):
+    """Counts what the trainer did."""
+
+    def __init__(self) -> None:
+        self.steps = self.validations = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """One more step."""
+        self.steps += 1
+
+    def on_validation_end(self, *_: Any) -> None:
+        """One more validation."""
+        self.validations += 1
+
+
+def folder(root: Path, **options: Any) -> Folder:
+    arguments = {"name": "few", "root": root, "normal_dir": "train/good", "num_workers": 0, "train_batch_size": 4}
+    return Folder(
+        **arguments | {"val_split_mode": "from_train", "val_split_ratio": 0.25, "test_split_mode": "none"} | options
+    )
+
+
+def fit(detector: Any, data: Folder, root: Path, **trainer: Any) -> tuple[Engine, Steps]:
+    steps = Steps()
+    engine = Engine(accelerator="cpu", default_root_dir=root, callbacks=[steps], **trainer)
+    engine.fit(detector, datamodule=data)
+    return engine, steps
+
+
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_as_many_steps_as_are_asked_and_a_checkpoint(image_folder: Path, tmp_path: Path, with_validation: bool) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=7, post_processor=False)
+    data = folder(image_folder, **({} if with_validation else {"val_split_mode": "none"}))
+    engine, steps = fit(detector, data, tmp_path, **({} if with_validation else {"limit_val_batches": 0}))
+    assert (steps.steps, engine.trainer.global_step, steps.validations) == (7, 7, int(with_validation))
+    assert not isinstance(data.train_data, RepeatedSet)  # given back
+    loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(images).anomaly_map, detector.eval()(images).anomaly_map)
+    assert loaded.model.level_scale.is_fitted
+
+
+@pytest.mark.parametrize("max_steps", [3, 100])
+def test_the_trainer_may_stop_earlier_and_there_is_a_checkpoint(
+    image_folder: Path, tmp_path: Path, max_steps: int
+) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=5, post_processor=False)
+    engine, steps = fit(detector, folder(image_folder), tmp_path, max_steps=max_steps)
+    assert steps.steps == min(max_steps, 5)
+    assert Path(engine.best_model_path).is_file()
+    assert detector.model.level_scale.is_fitted
+
+
+def test_each_image_is_computed_once(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=9, post_processor=False)
+    computed = []
+    forward = type(detector.model.features).forward
+    monkeypatch.setattr(
+        type(detector.model.features), "forward", lambda self, x: computed.append(len(x)) or forward(self, x)
+    )
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[FeatureCache(tmp_path / "cache")])
+    engine.fit(detector, datamodule=folder(image_folder))
+    assert sum(computed) == 12
+
+
+def test_features_that_are_not_standardized_are_computed_once_too(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = FastFlow(**FAST_FLOW, standardize=False, image_size=64, max_steps=9, post_processor=False)
+    decoded = []
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[FeatureCache(tmp_path / "cache")])
+    item = AnomalibDataset.__getitem__
+    monkeypatch.setattr(AnomalibDataset, "__getitem__", lambda self, index: decoded.append(index) or item(self, index))
+    engine.fit(detector, datamodule=folder(image_folder))
+    assert len(decoded) <= 12
+
+
+def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> None:
+    detector = CSFlow(**OVER_LAYERS | {"noise": 0.5}, max_steps=1, post_processor=False)
+    fit(detector, folder(image_folder), tmp_path)
+    zeros = tuple(torch.zeros(64, c, 8, 8) for c in detector.model.features.channels)
+    for noisy, std in zip(detector.noisy(zeros), detector.model.standardization.stds, strict=True):
+        torch.testing.assert_close(noisy.std((0, 2, 3)), 0.5 * std, rtol=0.1, atol=0)
+    assert CSFlow(**OVER_LAYERS).training_options.noise_for(5) == 1
+    assert CSFlow(**OVER_LAYERS).training_options.noise_for(2000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
+        ({"noise": -1.0}, "noise must be 'auto' or a standard deviation of 0 or more, got -1.0"),
+        ({"noise": float("nan")}, "noise must be 'auto' or a standard deviation"),
+        ({"standardize": False, "whiten": False}, "only a detector with standardize=True measures"),
+        ({"standardize": False}, "whiten=True needs standardize=True"),
+        ({"image_score": "maximum"}, "unknown image_score 'maximum': choose one of energy, map"),
+        ({"layers": ["blocks.2", "blocks.5"]}, "strides .* do not make a pyramid"),
+        ({"layers": ["blocks.5", "blocks.2"]}, "name the layers from fine to coarse"),
+        ({"num_scales": 0}, "num_scales must be 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CSFlow(**OVER_LAYERS | arguments)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 110), (64, 97)])
+def test_layers_and_image_sizes_in_one_pyramid(size: tuple[int, int]) -> None:
+    detector = CSFlow(**OVER_LAYERS | {"num_scales": 2, "noise": 0.0}).eval()
+    images = torch.rand(2, 3, *size)
+    pyramid = detector.model.features(images)
+    assert [level.shape[1] for level in pyramid] == detector.model.features.channels
+    latents, log_det = detector.model.transform(pyramid)
+    back, log_det_back = detector.model.flow(latents, rev=True)
+    torch.testing.assert_close(log_det, -log_det_back)
+    for found, level in zip(back, pyramid, strict=True):
+        torch.testing.assert_close(found, level, atol=1e-3, rtol=1e-3)
+    assert detector.model(images).anomaly_map.shape == (2, 1, *size)
+
+
+def test_few_good_images_get_thresholds_out_of_fold(image_folder: Path, tmp_path: Path) -> None:
+    processor = ConformalPostProcessor(false_alarm_rate=0.1)
+    detector = CSFlow(**OVER_LAYERS, max_steps=4, post_processor=processor)
+    engine, _ = fit(detector, folder(image_folder), tmp_path)
+    assert processor.made.kind == "estimated"
+    assert processor.made.num_images == processor.num_good == 12  # 9 out of fold, 3 of the validation
+    loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
+    assert str(loaded.post_processor.made) == str(processor.made)
+    images = torch.rand(3, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(images).pred_score, detector.eval()(images).pred_score)
+
+
+def test_enough_validation_images_need_no_refit(image_folder: Path, tmp_path: Path) -> None:
+    processor = ConformalPostProcessor(false_alarm_rate=0.5)
+    fit(CSFlow(**OVER_LAYERS, max_steps=2, post_processor=processor), folder(image_folder), tmp_path)
+    assert (processor.made.kind, processor.num_good) == ("marginal", 3)
+
+
+def test_too_few_images_to_refit_are_said(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train/good").mkdir(parents=True)
+    for file in sorted((image_folder / "train/good").iterdir())[:6]:
+        (tmp_path / "train/good" / file.name).symlink_to(file)
+    detector = CSFlow(**OVER_LAYERS, max_steps=2)
+    with pytest.warns(UserWarning, match="5 training images are too few to refit on, which takes 6 or more"):
+        fit(detector, folder(tmp_path, val_split_ratio=0.2), tmp_path)
+    assert detector.post_processor.num_good == 1
