@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 from anomalib_csflow import CSFlow
+from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 
 torch.set_num_threads(1)  # two test processes on two cores would stall one another
 
@@ -45,6 +47,13 @@ def texture(generator: np.random.Generator, height: int, width: int) -> np.ndarr
     x = np.arange(width)[None] + np.zeros((height, 1))
     stripes = 128 + 60 * np.sin(x / 4 + generator.uniform(0, 6))
     return np.clip(stripes + generator.normal(0, 12, (height, width)), 0, 255)
+
+
+@pytest.fixture(autouse=True)
+def _no_refits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds come from what was held out, or every small fit would take four times as long; not where marked."""
+    if request.node.get_closest_marker("refits") is None:
+        monkeypatch.setattr(FlowDetector, "configure_post_processor", lambda self: ConformalPostProcessor(num_folds=0))
 
 
 @pytest.fixture(autouse=True)

@@ -172,6 +172,7 @@ def test_enough_validation_images_need_no_refit(image_folder: Path, tmp_path: Pa
     assert (processor.made.kind, processor.num_good) == ("marginal", 3)
 
 
+@pytest.mark.refits
 def test_too_few_images_to_refit_are_said(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train/good").mkdir(parents=True)
     for file in sorted((image_folder / "train/good").iterdir())[:6]:

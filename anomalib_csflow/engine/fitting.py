@@ -166,7 +166,7 @@ class FlowFitting(LightningModule):
                 f"false_alarm_rate={processor.false_alarm_rate}: {reason}."
             )
             return False
-        scores, maxima = out_of_fold(self, images)  # type: ignore[arg-type]
+        scores, maxima = out_of_fold(self, images, processor.num_folds)  # type: ignore[arg-type]
         processor.calibrate_out_of_fold(scores, maxima)
         return True
 

@@ -16,7 +16,6 @@ from .good_images import GoodImages
 if TYPE_CHECKING:
     from .detector import FlowDetector
 
-NUM_FOLDS = 3
 LEAST_IMAGES = 6
 """Fewer good images than this cannot be refitted on: a fold would leave fewer than four."""
 
@@ -55,14 +54,15 @@ class _Scores(Callback):
         self.images.add(outputs)
 
 
-def out_of_fold(detector: "FlowDetector", images: AnomalibDataset) -> tuple[Tensor, Tensor | None]:
-    """Refit a detector on all folds but one, and score that one's images; for each of three folds.
+def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> tuple[Tensor, Tensor | None]:
+    """Refit a detector on all folds but one, and score that one's images; for each fold.
 
     The refits see the same features, steps and settings as the detector's own fit did, which is over.
 
     Args:
         detector: fitted, with its trainer.
         images: good ones, on which it was fitted.
+        num_folds: of equal size.
 
     Returns:
         Raw scores ``(n,)`` and maxima of the maps ``(n,)``, None without maps; in no order that means anything.
@@ -71,13 +71,13 @@ def out_of_fold(detector: "FlowDetector", images: AnomalibDataset) -> tuple[Tens
     collector = _Scores()
     loader: Any = detector.trainer.train_dataloader
     rank_zero_info(
-        f"Taking thresholds from {NUM_FOLDS} refits, each on two thirds of the {len(images)} good images, of the other "
-        "third: too few were held out for the false-alarm rate. The fitted detector stays as it is."
+        f"Taking thresholds from {num_folds} refits, each scoring a share of the {len(images)} training images that it "
+        "was not fitted on: too few good images were held out for the false-alarm rate. The detector stays as it is."
     )
     with torch.random.fork_rng():
-        for fold in range(NUM_FOLDS):
+        for fold in range(num_folds):
             torch.manual_seed(fold)
-            scored, fitted = order[fold::NUM_FOLDS], [i for k, i in enumerate(order) if k % NUM_FOLDS != fold]
+            scored, fitted = order[fold::num_folds], [i for k, i in enumerate(order) if k % num_folds != fold]
             data = _Fold(_subset(images, fitted), _subset(images, scored), loader.batch_size, loader.num_workers)
             _refit(detector, data, collector)
     return collector.images.take()

@@ -49,6 +49,8 @@ class ConformalPostProcessor(PostProcessor):
             :mod:`~anomalib_csflow.calibration.promises`.
         threshold: ``conformal``, or ``f1``: anomalib's own thresholds and normalization, from labelled validation
             images.
+        num_folds: refits at the end of a fit whose validation had too few good images for the rate: each scores a share
+            of the training images, and is fitted on the others. 0 for none, and a higher rate.
         **kwargs: of anomalib's ``PostProcessor``.
 
     Attributes:
@@ -69,6 +71,7 @@ class ConformalPostProcessor(PostProcessor):
         false_alarm_rate: float = 0.01,
         promise: Literal["marginal", "certified"] = "marginal",
         threshold: ThresholdMode = "conformal",
+        num_folds: int = 3,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -76,7 +79,11 @@ class ConformalPostProcessor(PostProcessor):
         if threshold not in THRESHOLD_MODES:
             msg = f"unknown threshold {threshold!r}: choose one of {', '.join(THRESHOLD_MODES)}"
             raise ValueError(msg)
+        if num_folds < 0 or num_folds == 1:
+            msg = f"num_folds must be 2 or more, or 0 for no refits, got {num_folds}"
+            raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
+        self.num_folds = num_folds
         self.promise = promise
         self.threshold = threshold
         self.made: Promise | None = None
@@ -147,8 +154,8 @@ class ConformalPostProcessor(PostProcessor):
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the thresholds keep the rate that is asked for, or are not conformal."""
-        return self.threshold == "f1" or (self.made is not None and self.made.is_as_asked)
+        """Whether the thresholds keep the rate that is asked for, or no refits are wanted for it."""
+        return self.threshold == "f1" or not self.num_folds or (self.made is not None and self.made.is_as_asked)
 
     def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
         """Calibrate on out-of-fold scores, and on those of the validation's good images if there are any.
@@ -257,7 +264,7 @@ class ConformalPostProcessor(PostProcessor):
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold")
+        return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold", "num_folds")
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data for a checkpoint: the arguments, and what the thresholds promise."""
