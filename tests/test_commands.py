@@ -102,7 +102,7 @@ def check_python(arguments: list[str]) -> None:
     assert arguments[:2] == ["-m", "anomalib_csflow.benchmark"]
     benchmark = importlib.import_module("anomalib_csflow.benchmark.__main__")
     options = [x.removeprefix("--").partition("=")[0] for x in arguments if x.startswith("--")]
-    assert set(options) <= {"config", *inspect.signature(benchmark.run).parameters}
+    assert set(options) <= {"config", *inspect.signature(benchmark.benchmark).parameters}
     assert all((ROOT / x).is_file() for x in arguments if x.startswith("configs/"))
 
 

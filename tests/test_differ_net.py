@@ -218,7 +218,7 @@ def test_exports_give_the_image_score_and_say_so(
         assert bool(np.asarray(found.pred_label).squeeze()) == bool(expected.pred_label)
         scores.append(expected.pred_score.item())
         labels.add(bool(expected.pred_label))
-    assert np.ptp(scores) > 0.1  # constants would agree as well
+    assert np.ptp(scores) > 0.05  # constants would agree as well
     assert labels == {False, True}
     if kind == ExportType.OPENVINO:  # batches of any size
         import openvino

@@ -304,7 +304,7 @@ def test_fit_checkpoint_test_and_predict(image_folder: Path, tmp_path: Path, cap
     detector = FastFlow(
         **FAST_FLOW,
         image_size=64,
-        post_processor=ConformalPostProcessor(0.25),
+        post_processor=ConformalPostProcessor(0.25, num_folds=0),
         evaluator=Evaluator(test_metrics=[raw]),
     )
     engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path)

@@ -34,7 +34,8 @@ def test_map_of_the_finest_level() -> None:
     assert scoring.anomaly_map(levels, (40, 61)).shape == (2, 1, 40, 61)
 
 
-SOFT = -2 * math.log((math.exp(-4 / 2) + math.exp(-9 / 2)) / 2)
+T = scoring.TEMPERATURE
+SOFT = -T * math.log((math.exp(-4 / T) + math.exp(-9 / T)) / 2)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("mean", (4 + 9) / 2), ("product", 36.0), ("soft_minimum", SOFT)])

@@ -113,7 +113,6 @@ class CSFlow(FlowDetector):
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
         layer: of the backbone, whose maps are used.
-        layers: of the backbone, whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: of the resizing in the engine. Exported models resize without it: where images are
@@ -125,13 +124,8 @@ class CSFlow(FlowDetector):
         clamp: bound of the log-scales.
         standardize: put a fixed layer before the flow that standardizes each channel with statistics
             of the training features; the likelihood stays that of the features.
-        whiten: let the layer that ``standardize`` adds decorrelate the channels too.
         map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the levels, or their ``soft_minimum``, in
             standard deviations of the training images'.
-        image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
-            positions: then score and map are on one scale.
-        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
-            unusual alone.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
@@ -145,6 +139,12 @@ class CSFlow(FlowDetector):
         max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
         max_steps: train for so many batches, as one epoch, however many images there are.
         noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        layers: of the backbone, whose maps are used, from fine to coarse.
+        whiten: let the layer that ``standardize`` adds decorrelate the channels too.
+        image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
+            positions: then score and map are on one scale.
+        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
+            unusual alone.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for anomalib's.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
@@ -175,7 +175,6 @@ class CSFlow(FlowDetector):
         self,
         backbone: str = "tf_efficientnet_b5.aa_in1k",
         layer: str = "blocks.5",
-        layers: Sequence[str] = (),
         weights: str = "hub",
         image_size: int | tuple[int, int] = 768,
         antialias: bool = True,
@@ -185,10 +184,7 @@ class CSFlow(FlowDetector):
         hidden_channels: int = 1024,
         clamp: float = 3.0,
         standardize: bool = False,
-        whiten: bool = False,
         map_mode: scoring.MapMode = "finest",
-        image_score: ImageScore = "energy",
-        top_share: float = 0.0,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -200,6 +196,10 @@ class CSFlow(FlowDetector):
         max_epochs: int | None = None,
         max_steps: int | None = None,
         noise: Noise = 0.0,
+        layers: Sequence[str] = (),
+        whiten: bool = False,
+        image_score: ImageScore = "energy",
+        top_share: float = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
