@@ -1,4 +1,4 @@
-"""CellFlow: one layer's map, each cell's vector through a flow of its own. An example, of no paper."""
+"""CellFlow: one layer's map, the vector at each position through a flow. An example, from no paper."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ from anomalib_csflow import scoring
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
 from anomalib_csflow.flows import ChannelStandardization, ParallelFlow, PyramidFlow
 
 
 def pointwise(in_channels: int, out_channels: int) -> nn.Module:
-    """The network of a block: it sees one cell at a time."""
+    """The network of a block: it sees one position at a time."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 64, 1),
         nn.ReLU(),
@@ -36,7 +36,7 @@ class CellFlowModel(FlowModel):
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow]))
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """The energy of each cell, and its mean."""
+        """The energy at each position, and its mean."""
         return InferenceBatch(
             pred_score=scoring.mean_energy(latents),
             anomaly_map=scoring.anomaly_map(scoring.mean_squares(latents), size),
@@ -60,16 +60,18 @@ class CellFlow(FlowDetector):
         lr: float = 1e-3,
         schedule: Schedule = "one_cycle",
         max_epochs: int | None = None,
+        max_steps: int | None = None,
+        noise: Noise = 0.0,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # whatever else can be wrong is said here, before the backbone is built
+        # check other arguments here, before the backbone is built
 
         def build(network: nn.Module) -> CellFlowModel:
             return CellFlowModel(LayerPyramid(FrozenLayers(network, [layer])), num_blocks)
 
         images = ImageOptions(backbone, weights, image_size, antialias)
-        training = TrainingOptions(lr, schedule, max_epochs)
+        training = TrainingOptions(lr, schedule, max_epochs, max_steps=max_steps, noise=noise)
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
