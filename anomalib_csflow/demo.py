@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import skimage.data
 import torch
+import yaml
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
@@ -31,12 +32,14 @@ with warnings.catch_warnings():
     from anomalib_csflow import CSFlow
     from anomalib_csflow.benchmark import overview
     from anomalib_csflow.benchmark.run import accuracy, measure
+    from anomalib_csflow.cli import find_recipes
+    from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
 TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
-EPOCHS = 16
+STEPS = 200
 METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 
 Grey = NDArray[np.float64]  # (H, W) in [0, 255]
@@ -127,7 +130,8 @@ def folder(root: Path, name: str) -> Folder:
         train_batch_size=16,
         eval_batch_size=16,
         num_workers=0,  # for so few small images, starting a worker costs more than it saves
-        val_split_mode="same_as_test",
+        val_split_mode="from_train",  # thresholds from good images that are neither trained nor tested on
+        val_split_ratio=0.25,
     )
 
 
@@ -164,11 +168,12 @@ def draw_pictures(name: str, root: Path, inferencer: OpenVINOInferencer, path: P
     plt.close(figure)
 
 
-def run(root: Path, epochs: int = EPOCHS) -> None:
+def run(root: Path, steps: int = STEPS) -> None:
     """Make the data, fit, test, export, predict, and print the table."""
     console = Console()
     console.print(f"[bold]Making the data set[/bold] in {root / 'data'}")
     make_data(root / "data")
+    recipe = yaml.safe_load(find_recipes()["cs_flow_small"].read_text())["model"]["init_args"]
     table = Table(
         "texture",
         *(overview.BY_KEY[name].title for name in METRICS),
@@ -180,26 +185,13 @@ def run(root: Path, epochs: int = EPOCHS) -> None:
     for name in TEXTURES:
         console.rule(f"[bold]{name}[/bold]: fit, test, export, predict")
         torch.manual_seed(0)
-        detector = CSFlow(
-            backbone="tf_efficientnet_lite2",
-            layer="blocks.5",
-            weights="package",
-            image_size=256,
-            num_blocks=1,
-            kernel_sizes=[3],
-            hidden_channels=128,
-            standardize=True,
-            lr=3e-3,
-            schedule="one_cycle",
-            bfloat16=True,
-        )
+        detector = CSFlow(**recipe | {"max_steps": steps}, post_processor=ConformalPostProcessor(0.05, num_folds=0))
         datamodule = folder(root / "data", name)
         seconds = measure.fit(
             detector,
             datamodule,
             root,
-            max_epochs=epochs,
-            check_val_every_n_epoch=epochs,
+            thresholds=True,
             log_every_n_steps=1,
             enable_model_summary=False,
         )
@@ -222,12 +214,12 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="where to write; default ./demo")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of training; default {EPOCHS}")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of training; default {STEPS}")
     arguments = parser.parse_args()
     mpl.use("agg")
     warnings.simplefilter("ignore")  # from the libraries used; a first user cannot act on them
     logging.disable(logging.WARNING)
-    run(arguments.folder, arguments.epochs)
+    run(arguments.folder, arguments.steps)
 
 
 if __name__ == "__main__":

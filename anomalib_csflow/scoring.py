@@ -104,7 +104,7 @@ def soft_minimum(levels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
         ``(...)``.
 
     Example:
-        >>> soft_minimum(torch.tensor([[5.0], [5.0]])), soft_minimum(torch.tensor([[0.0], [1000.0]])) < 2
+        >>> soft_minimum(torch.tensor([[5.0], [5.0]])), soft_minimum(torch.tensor([[0.0], [1000.0]])) < 3
         (tensor([5.]), tensor([True]))
     """
     return -temperature * log_mean_exp(-levels / temperature, dim=0)

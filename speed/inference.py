@@ -155,7 +155,7 @@ def main() -> None:
 
         path, export_s = export(ours, root / "ours")
         int8, _ = export(ours, root / "int8", compression_type=CompressionType.INT8_PTQ, datamodule=data)
-        theirs, _ = export(their_csflow(model), root / "csflow", input_size=(size, size))
+        theirs, _ = export(their_csflow(model | {"layer": "blocks.5"}), root / "csflow", input_size=(size, size))
         bank, _ = export(
             with_random_memory(
                 patchcore(

@@ -346,7 +346,7 @@ def test_recipes_of_the_default_configuration() -> None:
     assert packages == {"anomalib_csflow"}
     assert len({d.name for d in found}) == len(found)
     cs_flow = next(d for d in found if d.class_path == "anomalib_csflow.CSFlow")
-    assert cs_flow.epochs == 12
+    assert (cs_flow.epochs, cs_flow.init_args["max_steps"]) == (1, 400)
     shared = {key: cs_flow.init_args[key] for key in plan.SHARED}
     assert shared == entries["shared"]
 
@@ -463,7 +463,7 @@ def test_reasons_are_one_sentence(tmp_path: Path) -> None:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "TEXTURES", ("brick",))
     monkeypatch.setattr(demo, "NUM_TRAIN", 16)
-    demo.run(tmp_path, epochs=4)
+    demo.run(tmp_path, steps=16)
     printed = capsys.readouterr().out
     assert "image AUROC" in printed
     assert "ms per image" in printed

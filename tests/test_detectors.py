@@ -171,7 +171,6 @@ def test_pre_processing_follows_the_backbone() -> None:
     assert transform(resnet) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [64, 64])
 
 
-@pytest.mark.filterwarnings("ignore:This model was never calibrated")
 @pytest.mark.parametrize("size", [(96, 128), (160, 96), (250, 333)])
 def test_inference_at_another_size_than_in_training(detector: CSFlow, size: tuple[int, int]) -> None:
     with torch.no_grad():
@@ -286,7 +285,6 @@ def test_non_finite_gradient_stops_before_the_step(datamodule: Folder, tmp_path:
     assert all(torch.isfinite(parameter).all() for parameter in detector.model.flow.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:This model was never calibrated")
 def test_predict_from_a_datamodule(detector: CSFlow, datamodule: Folder, tmp_path: Path) -> None:
     predictions = Engine(accelerator="cpu", default_root_dir=tmp_path).predict(detector, datamodule=datamodule)
     assert sum(len(batch.pred_score) for batch in predictions) == 8

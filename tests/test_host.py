@@ -252,7 +252,6 @@ def _compare(detector: CSFlow, images: list[Path], predict) -> None:  # noqa: AN
     assert labels == {False, True}
 
 
-@pytest.mark.filterwarnings("ignore:This model was never calibrated")
 @pytest.mark.parametrize("antialias", [False, True])
 def test_engine_and_export_see_the_same_pixels_without_antialiasing(
     antialias: bool, image_folder: Path, tmp_path: Path
@@ -292,7 +291,6 @@ def test_export_drops_what_is_not_used(exported: dict[str, Path], trained: tuple
     assert exported["openvino"].with_suffix(".bin").stat().st_size < 4 * parameters + 100_000
 
 
-@pytest.mark.filterwarnings("ignore:This model was never calibrated")
 @pytest.mark.parametrize("input_size", [None, SIZE], ids=["any size", "fixed size"])
 def test_8_bit_models_are_calibrated_with_good_images_alone(
     input_size: tuple[int, int] | None, trained: tuple[CSFlow, Path], image_folder: Path, tmp_path: Path

@@ -103,6 +103,8 @@ def summary(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
     for data in overview.names(rows, "data"):
         for detector in (name for name in overview.names(rows, "detector") if (name, data) in figures):
             spreads = figures[detector, data]
+            if "fit_s" not in spreads:  # all of its runs failed
+                continue
             entry = {"data": data, "detector": detector, "seeds": str(len(spreads["fit_s"].values))}
             for key in keys:
                 column = overview.BY_KEY[key]

@@ -52,11 +52,14 @@ class _Collector(Callback):
         )
 
 
-def fit(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> float:
+def fit(
+    model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, *, thresholds: bool = False, **trainer: Any
+) -> float:
     """Train in anomalib's engine; returns the seconds, with the features computed once and none known before."""
     with tempfile.TemporaryDirectory() as cache:
         engine = Engine(default_root_dir=root, callbacks=[FeatureCache(cache)], **trainer)
-        processor, model.post_processor = model.post_processor, None  # thresholds are not what is measured
+        processor = model.post_processor
+        model.post_processor = processor if thresholds else None  # else they are not what is measured
         start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
         model.post_processor = processor

@@ -36,14 +36,14 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
     """Train, test, keep curves, sample maps and weights."""
     seed_everything(run.seed)
     model, data = build.model(run), datamodule(run)
-    trainer = {"accelerator": run.accelerator, "devices": 1}
+    trainer: dict[str, Any] = {"accelerator": run.accelerator, "devices": 1}
     length = run.detector.length
     if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
         msg = f"{run.detector.name} does not say how long it trains: give it epochs or steps in the configuration"
         raise ValueError(msg)
     row: dict[str, Any] = build.settings(run, model)
     with tempfile.TemporaryDirectory() as root:
-        quiet = {"enable_model_summary": False, "logger": False}
+        quiet: dict[str, Any] = {"enable_model_summary": False, "logger": False}
         before = cpu_seconds()
         row["fit_s"] = measure.fit(model, data, Path(root), limit_val_batches=0, **quiet, **length, **trainer)
         row |= {"fit_cpu_s": cpu_seconds() - before, "fit_peak_mb": peak_mb()}
