@@ -37,7 +37,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
     seed_everything(run.seed)
     model, data = build.model(run), datamodule(run)
     trainer: dict[str, Any] = {"accelerator": run.accelerator, "devices": 1}
-    length = run.detector.length
+    length: dict[str, Any] = run.detector.length
     if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
         msg = f"{run.detector.name} does not say how long it trains: give it epochs or steps in the configuration"
         raise ValueError(msg)
