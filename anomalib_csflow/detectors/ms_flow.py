@@ -148,7 +148,7 @@ class MSFlow(FlowDetector):
         max_steps: train for so many batches, as one epoch, however many images there are.
         noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for anomalib's.
+        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 

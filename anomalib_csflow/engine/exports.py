@@ -35,6 +35,7 @@ class FlowExports(ExportMixin, LightningModule):
         it try a conversion down, which fails after a page of warnings and changes nothing.
         """
         kwargs.setdefault("opset_version", 18)
+        kwargs.setdefault("verbose", False)  # else the exporter lists its steps
         with self._without_unknown_ranges():
             return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 

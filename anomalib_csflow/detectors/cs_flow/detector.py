@@ -146,7 +146,7 @@ class CSFlow(FlowDetector):
         top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
             unusual alone.
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for anomalib's.
+        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
         visualizer: or True for anomalib's.
 
