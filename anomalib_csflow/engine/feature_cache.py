@@ -1,6 +1,6 @@
 """The feature cache in anomalib's engine: when it is safe, and which features are whose."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +8,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torchvision.transforms import v2
 
 from anomalib_csflow.features import FeaturePyramid, weights
 from anomalib_csflow.features.store import FeatureStore, default_directory
+from anomalib_csflow.flows.pyramid import Pyramid
 
+from .compiled import computed_by
 from .model import FlowModel
 from .providers import CachedFeatures, CachedSet, View
 
@@ -74,12 +77,20 @@ class FeatureCache(Callback):
         if stage == "fit" and self.max_gb > 0 and not isinstance(pl_module.model, FlowModel):
             rank_zero_info(f"FeatureCache does nothing for {type(pl_module).__name__}: it is for flows on features.")
 
-    def open(self, trainer: Trainer, features: FeaturePyramid, backbone: str, views: Sequence[View]) -> None:
+    def open(
+        self,
+        trainer: Trainer,
+        features: FeaturePyramid,
+        compute: Callable[[Tensor], Pyramid],
+        backbone: str,
+        views: Sequence[View],
+    ) -> None:
         """Take over the data sets of a fit, if that is safe; a detector asks for it in its ``setup``.
 
         Args:
             trainer: with the detector and the datamodule.
-            features: the frozen backbone, which computes what is not there.
+            features: the frozen backbone.
+            compute: it, or what computes the same: asked for what is not there.
             backbone: its name.
             views: all that training needs of an image; none if it sees others in every step.
         """
@@ -102,6 +113,7 @@ class FeatureCache(Callback):
             "features": f"{type(features).__name__}({features.extra_repr()})",
             "weights": weights.fingerprint(features),
             "precision": str(trainer.precision),
+            "computed by": computed_by(compute),
             "versions": " ".join(f"{name} {version(name)}" for name in ("anomalib-csflow", "timm", "torchvision")),
             "transform": repr(transform),
         }
@@ -112,7 +124,7 @@ class FeatureCache(Callback):
             store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
             sets[name] = CachedSet(dataset, store, [view.name for view in views])
             setattr(datamodule, name, sets[name])  # where anomalib's datamodules look whenever they make a loader
-        self.opened = CachedFeatures(features, transform, sets)
+        self.opened = CachedFeatures(compute, transform, sets)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decode nothing if all features are there from an earlier run."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from anomalib_csflow.flows import ChannelWhitening
 from anomalib_csflow.flows.pyramid import Pyramid
 
+from .compiled import CompiledFeatures
 from .folds import LEAST_IMAGES, out_of_fold
 from .model import FlowModel
 from .optimization import TrainingOptions
@@ -35,6 +36,7 @@ class FlowFitting(LightningModule):
     features: Callable[[Any], Pyramid]
     pre_processor: PreProcessor | None
     post_processor: PostProcessor | None
+    compiled: CompiledFeatures | None = None
     _noise = 0.0
     _measured_step = -1
     _saved_step = -1
@@ -58,6 +60,7 @@ class FlowFitting(LightningModule):
     def teardown(self, stage: str) -> None:
         """Give the data set back, as it was."""
         del stage
+        self.compiled = None
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         data = getattr(datamodule, "train_data", None)
         if isinstance(data, RepeatedSet):

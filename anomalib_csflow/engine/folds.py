@@ -92,6 +92,7 @@ def _refit(detector: "FlowDetector", data: _Fold, collector: _Scores) -> None:
     arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
     refitted = type(detector)(**arguments, **COMPONENTS | {"pre_processor": detector.pre_processor or False})
     refitted.model.features.load_state_dict(detector.model.features.state_dict())
+    refitted.compiled = detector.compiled
     own = detector.trainer
     cache = copy(detector.feature_cache)
     if cache is not None:

@@ -8,7 +8,6 @@ from anomalib.data import AnomalibDataset, Batch, ImageBatch, ImageItem
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.features.store import FeatureStore, image_key
 from anomalib_csflow.flows.pyramid import Pyramid
 
@@ -49,7 +48,7 @@ class ComputedFeatures:
 
     keeps = False
 
-    def __init__(self, compute: FeaturePyramid) -> None:
+    def __init__(self, compute: Callable[[Tensor], Pyramid]) -> None:
         self.compute = compute
 
     def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
@@ -75,7 +74,7 @@ class CachedFeatures:
 
     def __init__(
         self,
-        compute: FeaturePyramid,
+        compute: Callable[[Tensor], Pyramid],
         transform: Callable[[Tensor], Tensor] | None,
         sets: Mapping[str, "CachedSet"],
     ) -> None:

@@ -178,7 +178,7 @@ class DifferNet(FlowDetector):
             views = [self.provider.features(batch, view) for view in self.fixed_views]
         else:
             images = cast("Tensor", batch.image)
-            views = [self.model.features(self.turned_at_random(images)) for _ in range(self.num_train_rotations)]
+            views = [self.compute(self.turned_at_random(images)) for _ in range(self.num_train_rotations)]
         return tuple(torch.cat(level) for level in zip(*views, strict=True))
 
     def _turned(self, angle: float, images: Tensor) -> Tensor:
@@ -194,7 +194,9 @@ class DifferNet(FlowDetector):
     def evaluate(self, batch: Batch[Any]) -> InferenceBatch:
         """Score a batch's images in all views of the test, with maps if they are asked for."""
         images = cast("Tensor", batch.image)
-        return self.model.localize(images) if self.localize else self.model(images)
+        if self.localize:
+            return self.model.localize(images)
+        return self.model.judge(self.compute(self.model.views(images)), (images.shape[2], images.shape[3]))
 
     def on_test_start(self) -> None:
         """Check that maps, if they are asked for, have a scale."""
