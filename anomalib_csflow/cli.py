@@ -4,13 +4,12 @@ Short names (``--model CSFlow``) and ``benchmark`` work here, because the detect
 commands are this package's own: ``recipe [NAME]`` and ``install-weights NAME``.
 """
 
-import difflib
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
+
+from .recipe_files import find_recipes, recipe_path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,26 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def recipe(names: Sequence[str]) -> None:
     """Print the path of a recipe, or without a name list all recipes."""
-    recipes = find_recipes()
     if not names:
+        recipes = find_recipes()
         width = max(map(len, recipes))
         for name, path in recipes.items():
             print(f"{name:{width}}  {path.read_text().splitlines()[0].removeprefix('# ')}")
     elif len(names) > 1 or names[0].startswith("-"):
         sys.exit("usage: anomalib-csflow recipe [NAME]  prints the path of a recipe; without NAME, lists the recipes")
-    elif names[0] in recipes:
-        print(recipes[names[0]])
     else:
-        near = difflib.get_close_matches(names[0], recipes, n=3, cutoff=0.4) or list(recipes)
-        sys.exit(f"there is no recipe {names[0]!r}; near names are {', '.join(near)}")
-
-
-def find_recipes() -> dict[str, Path]:
-    """The recipes by name: those of a checkout, else those installed with the package."""
-    folder = Path(__file__).parents[1] / "configs"
-    if not (folder / "cs_flow.yaml").is_file():
-        folder = Path(str(resources.files("anomalib_csflow.recipes")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if "\nmodel:\n" in file.read_text()}
+        try:
+            print(recipe_path(names[0]))
+        except FileNotFoundError as error:
+            sys.exit(str(error))
 
 
 def install_weights(names: Sequence[str]) -> None:

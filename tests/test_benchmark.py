@@ -221,6 +221,7 @@ def test_all_get_the_same_preparation_and_differences_are_said(mvtec_layout: Pat
         ({"class_path": "Patchcore", "epoch": 1}, "has no key 'epoch'"),
         ({"class_path": "Patchcore", "init_args": {"layer": "x"}}, "Patchcore has no argument 'layer'"),
         ({"config": "no/such.yaml"}, "no recipe"),
+        ({"config": "csflow_small"}, "there is no recipe 'csflow_small'; near names are cs_flow_small"),
     ],
 )
 def test_bad_detectors_are_said_before_the_work(entry: object, message: str) -> None:
@@ -255,6 +256,8 @@ def test_a_recipe_may_say_steps(tmp_path: Path) -> None:
     assert plan.Detector("RealNVP").length == {}
     seen = [read(**changes).images_seen(100) for changes in ({}, {"epochs": 2}, {"epochs": 2, "steps": 5})]
     assert seen == [30 * 16, 200, 5 * 16]
+    own = plan.Detector("CSFlow", {"max_steps": 10}, epochs=1)  # repeats few images
+    assert own.images_seen(3) == own.images_seen(1000) == 10 * 16
 
 
 def test_data_that_cannot_be_had_fails_alone(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
@@ -341,7 +344,8 @@ def test_one_name_is_one_thing(mvtec_layout: Path) -> None:
 def test_recipes_of_the_default_configuration() -> None:
     root = Path(__file__).parents[1]
     entries = yaml.safe_load((root / "configs" / "benchmark.yaml").read_text())
-    found = [config.read_detector(entry, root) for entry in entries["detectors"]]
+    elsewhere = Path("/nowhere")  # recipes are named, so that they are found without a checkout too
+    found = [config.read_detector(entry, elsewhere) for entry in entries["detectors"]]
     packages = {d.class_path.partition(".")[0] for d in found}
     assert packages == {"anomalib_csflow"}
     assert len({d.name for d in found}) == len(found)

@@ -156,7 +156,8 @@ def listing(runs: list[plan.Run], seconds: dict[str, float], done: set[str]) -> 
     table = Table("data", "detector", "seed", "epochs", "steps", "about, s", "state")
     for run in runs:
         state = "done" if run.slug in done else "to do"
-        lengths = [str(length or "-") for length in (run.detector.epochs, run.detector.steps)]
+        steps = run.detector.steps or run.detector.init_args.get("max_steps")
+        lengths = [str(length or "-") for length in (run.detector.epochs, steps)]
         table.add_row(run.data.name, run.detector.name, str(run.seed), *lengths, f"{seconds[run.slug]:.0f}", state)
     return table
 

@@ -1,6 +1,9 @@
 """Lines, markers and axes of the benchmark's charts: inline SVG in the page's own ink, so that it follows dark mode.
 
 A detector is known by its marker, its dashes and its name; colour repeats what these say.
+
+By hand: matplotlib's SVG of the same charts is 2.4 to 5 times as large, takes about 80 times as long, and has fixed
+colours where dark mode needs the page's CSS classes. Placing labels, most of `charts.py`, would remain.
 """
 
 import math

@@ -10,6 +10,8 @@ import anomalib.data
 import anomalib.models
 import yaml
 
+from anomalib_csflow.recipe_files import recipe_path
+
 from .plan import DataSet, Detector, accepts, import_named
 
 FOLDER = "anomalib.data.Folder"
@@ -28,11 +30,13 @@ def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]
     return dict(values)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    """The entry that a recipe in anomalib's form stands for."""
-    if not path.is_file():
-        msg = f"benchmark: no recipe {path.absolute()}"
+def _recipe(name: Path, base: Path) -> dict[str, Any]:
+    """The entry that a recipe in anomalib's form stands for: a file, or a recipe of this package by its name."""
+    path = next((path for path in (name, base / name) if path.is_file()), None)
+    if path is None and (name.suffix or len(name.parts) > 1):
+        msg = f"benchmark: no recipe {(base / name).absolute()}"
         raise FileNotFoundError(msg)
+    path = path or recipe_path(str(name))
     recipe = yaml.safe_load(path.read_text())
     batches = recipe.get("data", {}).get("init_args", {})
     sizes = {key: batches[key] for key in ("train_batch_size", "eval_batch_size", "num_workers") if key in batches}
@@ -54,8 +58,7 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
     """
     values: dict[str, Any] = {"class_path": entry} if isinstance(entry, str) else dict(entry)
     if "config" in values:
-        path = Path(values.pop("config"))
-        recipe = _recipe(path if path.is_absolute() or path.is_file() else base / path)
+        recipe = _recipe(Path(values.pop("config")), base)
         if any(name in values for name in LENGTHS):  # one of them takes the place of whatever the recipe says
             recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
         values = recipe | values | {"init_args": recipe.get("init_args", {}) | values.get("init_args", {})}

@@ -58,6 +58,9 @@ class Detector:
 
     def images_seen(self, images: int) -> int:
         """Images that a fit on a training set of so many goes through."""
+        own = self.init_args.get("max_steps")
+        if own:  # one epoch of whole batches, however many images there are
+            return int(own) * self.train_batch_size
         passed = [images * self.epochs] if self.epochs else []
         passed += [min(images, self.train_batch_size) * self.steps] if self.steps else []
         return min(passed, default=images)
