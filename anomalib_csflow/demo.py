@@ -32,8 +32,8 @@ with warnings.catch_warnings():
     from anomalib_csflow import CSFlow
     from anomalib_csflow.benchmark import overview
     from anomalib_csflow.benchmark.run import accuracy, measure
-    from anomalib_csflow.cli import find_recipes
     from anomalib_csflow.engine.post_processing import ConformalPostProcessor
+    from anomalib_csflow.recipe_files import recipe_path
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
@@ -173,7 +173,7 @@ def run(root: Path, steps: int = STEPS) -> None:
     console = Console()
     console.print(f"[bold]Making the data set[/bold] in {root / 'data'}")
     make_data(root / "data")
-    recipe = yaml.safe_load(find_recipes()["cs_flow_small"].read_text())["model"]["init_args"]
+    recipe = yaml.safe_load(recipe_path("cs_flow_small").read_text())["model"]["init_args"]
     table = Table(
         "texture",
         *(overview.BY_KEY[name].title for name in METRICS),
