@@ -25,7 +25,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(DOCS)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --durations=15
 	$(BIN)/pytest -n 0 --nbmake notebooks
 
 docs: $(VENV)/.installed-dev

@@ -19,7 +19,7 @@ from lightning.pytorch import seed_everything
 from side_by_side import alternating, begin, parser, row, write
 from training import CONFIGS, images
 
-from anomalib_csflow import CSFlow, FeatureCache
+from anomalib_csflow import FeatureCache
 from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.benchmark.run.baselines import patchcore
 from anomalib_csflow.engine import compiled
@@ -68,10 +68,10 @@ def main() -> None:
     recipe |= (TINY if arguments.quick else {}) | {"post_processor": False}
     size = recipe["image_size"]
 
-    def ours() -> CSFlow:
+    def ours() -> AnomalibModule:
         return get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": recipe})
 
-    features = ours().model.features
+    features: Any = ours().model.features
     in_openvino, batch = compiled.CompiledFeatures(features), torch.rand(BATCH, 3, size, size)
     with torch.inference_mode():
         both = {"openvino": lambda: in_openvino(batch), "torch": lambda: features(batch)}
