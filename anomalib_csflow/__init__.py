@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from .detectors.ms_flow import MSFlow as MSFlow
     from .detectors.real_nvp import RealNVP as RealNVP
     from .engine.feature_cache import FeatureCache as FeatureCache
+    from .engine.post_processing import ConformalPostProcessor as ConformalPostProcessor
 
 __version__ = version("anomalib-csflow")
 _HOMES = {
     "CFlow": ".detectors.cflow",
     "CSFlow": ".detectors.cs_flow",
+    "ConformalPostProcessor": ".engine.post_processing",
     "DifferNet": ".detectors.differ_net",
     "FastFlow": ".detectors.fast_flow",
     "FeatureCache": ".engine.feature_cache",

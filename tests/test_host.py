@@ -67,7 +67,8 @@ def test_importing_us_changes_nothing_for_others() -> None:
 
 
 def test_public_names() -> None:
-    assert anomalib_csflow.__all__ == ["CFlow", "CSFlow", "DifferNet", "FastFlow", "FeatureCache", "MSFlow", "RealNVP"]
+    detectors = {"CFlow", "CSFlow", "DifferNet", "FastFlow", "MSFlow", "RealNVP"}
+    assert set(anomalib_csflow.__all__) == detectors | {"ConformalPostProcessor", "FeatureCache"}
     assert anomalib_csflow.__version__
 
 
