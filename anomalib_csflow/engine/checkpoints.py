@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import LightningModule
 from typing_extensions import Self
@@ -21,6 +22,42 @@ EVALUATOR = "evaluator."
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not belong to the detector that should load it."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds; nothing in it is executed, and tensors are read when they are used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"there is no checkpoint at {path}"
+        raise FileNotFoundError(msg)
+    try:
+        with anomalib_safe_globals(extra=AnomalibModule.checkpoint_safe_globals()):
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the reader raises many kinds
+        msg = f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}): give the .ckpt file of a training"
+        raise CheckpointError(msg) from error
+    return checkpoint
+
+
+def model_of(path: str | Path) -> dict[str, Any]:
+    """Class path and arguments of the detector that wrote a checkpoint, as a configuration has them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not a checkpoint of this package.
+    """
+    checkpoint = read_checkpoint(path)
+    written = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(written, dict) or "detector" not in written:
+        msg = f"{path} is not a checkpoint of this package: name its --model"
+        raise CheckpointError(msg)
+    arguments = {name: _plain(value) for name, value in checkpoint["hyper_parameters"].items()}
+    return {"class_path": f"anomalib_csflow.{written['detector']}", "init_args": arguments}
 
 
 class LeanCheckpoints(LightningModule):
@@ -110,18 +147,7 @@ class LeanCheckpoints(LightningModule):
             CheckpointError: if it is not a checkpoint of this detector, before anything is built.
         """
         path = Path(checkpoint_path)
-        if not path.is_file():
-            msg = f"there is no checkpoint at {path}"
-            raise FileNotFoundError(msg)
-        try:
-            with anomalib_safe_globals(extra=cls.checkpoint_safe_globals()):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # the reader raises many kinds
-            msg = (
-                f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}): give the .ckpt file of a training"
-            )
-            raise CheckpointError(msg) from error
-        cls._check_checkpoint(checkpoint, path)
+        cls._check_checkpoint(read_checkpoint(path), path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @classmethod
