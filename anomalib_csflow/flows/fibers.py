@@ -23,7 +23,7 @@ class FiberFlow(InvertibleModule):
     """Transform the vector at each position of each level (a fiber), by one conditional decoder per level.
 
     Given where they are, positions are independent of each other, so the log-det of a level is the sum of
-    its positions' log-dets.
+    the log-dets of its positions.
 
     Args:
         dims_in: ``(C, H, W)`` of each level; only the channels matter.
