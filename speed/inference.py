@@ -1,7 +1,7 @@
-"""OpenVINO models on a CPU: latency, size, export and compile time, and what 8 bits cost, beside anomalib's.
+"""OpenVINO models on a CPU: latency, size, export and compile time, and what 8 bits cost, beside anomalib's models.
 
-PatchCore's memory is filled with random vectors of its features' length, as many as a coreset of 10 % of the
-training images of ``mtd`` has: its own selection would take hours and changes no latency.
+PatchCore's memory is filled with random vectors of its features' length, as many as in a coreset of 10 % of the
+training images of ``mtd``: its own selection would take hours, and does not change the latency.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from training import CONFIGS, images, their_csflow
 from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.benchmark.run.baselines import patchcore
 
-PATCHCORE_LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16, as layer2 and layer3 of its own backbone
+PATCHCORE_LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16, like layer2 and layer3 of its default backbone
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8}
-TRAINING_IMAGES = 761  # of mtd
+TRAINING_IMAGES = 761  # in mtd
 CORESET = 0.1
 IMPORT = (
     "import time; import {}; start = time.perf_counter(); import anomalib_csflow; print(time.perf_counter() - start)"
@@ -39,7 +39,7 @@ IMPORT = (
 
 
 def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: str = "f32") -> tuple[Any, float]:
-    """A model compiled for latency at one size of image, and the seconds that took."""
+    """A model compiled for low latency at one image size, and the seconds that this took."""
     hints = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -54,7 +54,7 @@ def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: st
 
 
 def throughput(path: Path, size: int, hint: str, images: int = 64) -> float:
-    """Images per second with as many requests at once as OpenVINO chooses for a performance hint."""
+    """Images per second, with the number of parallel requests that OpenVINO chooses for a performance hint."""
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape([1, 3, size, size])
@@ -73,7 +73,7 @@ def throughput(path: Path, size: int, hint: str, images: int = 64) -> float:
 
 
 def latencies(requests: dict[str, Any], image: np.ndarray, repeats: int) -> dict[str, float]:
-    """Median ms of one image, taken in turns."""
+    """Median ms for one image, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in requests}
     for turn in range(repeats + 3):
         for name, request in requests.items():
@@ -85,14 +85,14 @@ def latencies(requests: dict[str, Any], image: np.ndarray, repeats: int) -> dict
 
 
 def export(model: AnomalibModule, root: Path, **options: Any) -> tuple[Path, float]:
-    """The OpenVINO model, and the seconds of its export."""
+    """The path of the OpenVINO model, and the seconds of its export."""
     start = time.perf_counter()
     path = model.eval().to_openvino(root, **options)
     return path, time.perf_counter() - start
 
 
 def with_random_memory(model: Any, size: int, training_images: int) -> AnomalibModule:
-    """PatchCore with a memory as large as a coreset's."""
+    """PatchCore with a memory as large as a coreset."""
     with torch.no_grad():
         model.model.train()
         embedding = model.model(torch.rand(1, 3, size, size))
@@ -114,7 +114,7 @@ def scores(request: Any, data: Folder, size: int) -> tuple[torch.Tensor, torch.T
 
 
 def import_seconds() -> tuple[float, float]:
-    """Import of the package after anomalib's, and of anomalib itself is not counted: median of five processes."""
+    """Seconds to import the package after anomalib (median of five processes), and the limit."""
     command = [
         sys.executable,
         "-W",
@@ -130,7 +130,7 @@ def import_seconds() -> tuple[float, float]:
 
 
 def main() -> None:
-    """Fit the small recipe, export it in all ways, measure."""
+    """Fit the small recipe, export it in all formats, measure."""
     options = parser(__doc__)
     options.add_argument("--data", type=Path, help="a data set in MVTec AD's layout, to fit on and to score")
     arguments = options.parse_args()
