@@ -1,7 +1,7 @@
 """From latents to likelihoods, scores and maps: pure functions.
 
 Latents are a tuple of maps ``(N, C, H, W)``, finest level first; the base distribution is a standard
-normal. Every function treats each sample of the batch on its own.
+normal. No function mixes samples of the batch.
 """
 
 import math
@@ -17,7 +17,7 @@ Pyramid = tuple[Tensor, ...]
 MapMode = Literal["finest", "mean", "product", "soft_minimum"]
 MAP_MODES: tuple[str, ...] = get_args(MapMode)
 TEMPERATURE = 4.0
-"""Of the soft minimum of standardized levels: from 1 to 4 the mean image AUROC of seven data sets moves by 0.003."""
+"""Default of the soft minimum; between 1 and 4, the mean image AUROC of seven data sets changes by 0.003."""
 
 
 def num_dims(latents: Sequence[Tensor]) -> int:
@@ -75,7 +75,7 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int], mode: MapMode =
     """Fuse the maps of all levels, ``(N, 1, H, W)``.
 
     Args:
-        levels: ``(N, 1, H_i, W_i)``, finest first: of CS-Flow the mean squared latents (section 3.4).
+        levels: ``(N, 1, H_i, W_i)``, finest first: for CS-Flow, the mean squared latents (section 3.4).
         size: (height, width) of the map, that of the image.
         mode: ``finest`` is the paper's: only the finest level. ``mean`` averages the upsampled maps of all
             levels; ``product`` multiplies them, as anomalib's Csflow does;
@@ -94,11 +94,11 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int], mode: MapMode =
 
 
 def soft_minimum(levels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Smooth minimum over the levels, ``-T log mean_l exp(-z_l / T)``: high where all levels find a position unusual.
+    """Smooth minimum over levels, ``-T log mean_l exp(-z_l / T)``: high if all levels find a position unusual.
 
     Args:
-        levels: ``(levels, ...)``, on one scale, such as in standard deviations of good images.
-        temperature: T; towards 0 it is the minimum, towards infinity the mean.
+        levels: ``(levels, ...)``, on one scale, such as standard deviations of good images.
+        temperature: T; the limit at 0 is the minimum, at infinity the mean.
 
     Returns:
         ``(...)``.
@@ -115,7 +115,7 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
 
     Args:
         maps: ``(N, 1, H, W)``.
-        share: of the positions, in [0, 1]; 0 is the highest alone.
+        share: of the positions, in [0, 1]; 0 takes only the highest value.
 
     Example:
         >>> top_mean(torch.tensor([[[[4.0, 3.0], [2.0, 1.0]]]]), 0.5)
@@ -155,8 +155,8 @@ def log_mean_exp(values: Tensor, dim: int) -> Tensor:
 def surprise(densities: Tensor) -> Tensor:
     """Minus the logarithm of the mean density over levels, where densities are relative to some maximum.
 
-    It ranks positions as the mean does, and still tells apart densities so small that, in float32, the maximum minus
-    any of them is the maximum.
+    It ranks positions as the mean does, and still distinguishes densities that vanish in float32 when they are
+    subtracted from the maximum.
 
     Args:
         densities: ``(levels, N, 1, H, W)``, 0 or more.
@@ -202,7 +202,7 @@ def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: b
     Args:
         maps: ``(N, 1, H_i, W_i)``.
         size: (height, width), that of the image.
-        align_corners: whether the corner positions lie on the corners of the image, or half a step inside.
+        align_corners: True puts the corner positions on the corners of the image, False half a step inside.
 
     Returns:
         ``(levels, N, 1, height, width)``.

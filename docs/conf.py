@@ -6,7 +6,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # our extension, and the package of this very checkout
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # our extension, and the package in this checkout
 warnings.filterwarnings("ignore", category=FutureWarning)  # of anomalib's own imports of all its models
 
 project = "anomalib-csflow"
@@ -38,10 +38,10 @@ napoleon_use_ivar = True
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # what is not ours has its own pages, which would have to be asked for over the network
+    # other projects have their own pages, which would need the network
     (r"py:.*", r"(anomalib|collections|FrEIA|jsonargparse|lightning|numpy|pathlib|torch|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Path|Self)"),
-    # what a type is made of, where a docstring names it in words
+    # parts of types that a docstring names in words
     (r"py:class", r"(optional|callable)"),
     (r"py:class", r"'\w+'"),  # a choice of an attribute's Literal
 ]

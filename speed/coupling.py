@@ -1,7 +1,7 @@
-"""The coupling layer alone beside that of anomalib's Csflow: forward, and forward with backward.
+"""The coupling layer beside that of anomalib's Csflow: forward, and forward with backward.
 
-Also the share of the machine's own rate of matrix products that the forward pass reaches, counted by the products
-of the plain convolutions.
+Also the share of the machine's matrix-product rate that the forward pass reaches, counting the products of the plain
+convolutions.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def step(layer: nn.Module, pyramid: list[Tensor], dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def forward(layer: nn.Module, pyramid: list[Tensor], dtype: torch.dtype) -> None:
-    """Forward alone."""
+    """Only forward."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         layer(pyramid)
 
@@ -66,7 +66,7 @@ def main() -> None:
         )
         for layer in (ours, theirs):
             for parameter in layer.parameters():
-                if parameter.numel() <= 3:  # gamma: at 0 there would be nothing to compute
+                if parameter.numel() <= 3:  # gamma: if it were 0, there would be nothing to compute
                     nn.init.constant_(parameter, 0.5)
         for dtype, target in TARGETS.items():
             square = torch.randn(width, width, dtype=dtype)

@@ -1,6 +1,6 @@
-"""How time and memory of a fit grow with image size, blocks, width and training images: plots.
+"""Plots of how time and memory of a fit grow with image size, blocks, width and training images.
 
-Every point is a fit in a process of its own, on noise. A flow's memory does not depend on the number of images;
+Every point is a fit in its own process, on noise. A flow's memory does not depend on the number of images;
 PatchCore's memory bank and the time to choose it do.
 """
 
@@ -39,7 +39,7 @@ CORESET = 0.01
 
 
 def one(model: str, settings: dict[str, int]) -> dict[str, float]:
-    """Fit once: seconds, and the memory that it took beyond what was there before."""
+    """Fit once: seconds, and the increase of the process's peak memory."""
     seed_everything(0, verbose=False)
     backbone: dict[str, Any] = {
         "backbone": "tf_efficientnet_lite2",
@@ -103,12 +103,12 @@ def plot(frame: pd.DataFrame, points: dict[str, list[int]]) -> Figure:
             ax.grid(alpha=0.3)
             if setting in OF_PATCHCORE:
                 ax.legend()
-    figure.suptitle("Fits beside PatchCore (coreset 1 %, stride 16), features cached; one setting moves at a time")
+    figure.suptitle("Fits beside PatchCore (coreset 1 %, stride 16), features cached; one setting changes at a time")
     return figure
 
 
 def main() -> None:
-    """Measure all points in processes of their own."""
+    """Measure every point in its own process."""
     own = parser(__doc__)
     own.add_argument("--one", nargs=2, metavar=("MODEL", "SETTINGS"), help="measure and print one point")
     arguments = own.parse_args()

@@ -1,7 +1,7 @@
-"""OpenVINO models on a CPU: latency, size, export and compile time, and what 8 bits cost, beside anomalib's.
+"""OpenVINO models on a CPU: latency, size, export and compile time, and what 8 bits cost, beside anomalib's models.
 
 PatchCore's memory is filled with 10,000 random vectors of its features' length, as many as the benchmark's baselines
-have at most: which vectors they are changes no latency.
+have at most: the latency does not depend on the vectors.
 """
 
 import argparse
@@ -38,7 +38,7 @@ IMPORT = (
 
 
 def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: str = "f32") -> tuple[Any, float]:
-    """A model compiled for latency at one size of image, and the seconds that took."""
+    """A model compiled for low latency at one image size, and the seconds that this took."""
     hints = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -53,7 +53,7 @@ def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: st
 
 
 def throughput(path: Path, size: int, hint: str, images: int = 64) -> float:
-    """Images per second with as many requests at once as OpenVINO chooses for a performance hint."""
+    """Images per second, with the number of parallel requests that OpenVINO chooses for a performance hint."""
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape([1, 3, size, size])
@@ -72,7 +72,7 @@ def throughput(path: Path, size: int, hint: str, images: int = 64) -> float:
 
 
 def latencies(requests: dict[str, Any], image: np.ndarray, repeats: int) -> dict[str, float]:
-    """Median ms of one image, taken in turns."""
+    """Median ms for one image, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in requests}
     for turn in range(repeats + 3):
         for name, request in requests.items():
@@ -84,7 +84,7 @@ def latencies(requests: dict[str, Any], image: np.ndarray, repeats: int) -> dict
 
 
 def export(model: AnomalibModule, root: Path, **options: Any) -> tuple[Path, float]:
-    """The OpenVINO model, and the seconds of its export."""
+    """The path of the OpenVINO model, and the seconds of its export."""
     start = time.perf_counter()
     path = model.eval().to_openvino(root, **options)
     return path, time.perf_counter() - start
@@ -112,7 +112,7 @@ def scores(request: Any, data: Folder, size: int) -> tuple[torch.Tensor, torch.T
 
 
 def import_seconds() -> tuple[float, float]:
-    """Import of the package after anomalib's, and of anomalib itself is not counted: median of five processes."""
+    """Seconds to import the package after anomalib (median of five processes), and the limit."""
     command = [
         sys.executable,
         "-W",
@@ -128,7 +128,7 @@ def import_seconds() -> tuple[float, float]:
 
 
 def main() -> None:
-    """Fit the small recipe, export it in all ways, measure."""
+    """Fit the small recipe, export it in all formats, measure."""
     options = parser(__doc__)
     options.add_argument("--data", type=Path, help="a data set in MVTec AD's layout, to fit on and to score")
     arguments = options.parse_args()

@@ -1,7 +1,7 @@
-"""Peak memory and time of a training step with and without recomputed activations, in a process of its own each.
+"""Peak memory and time of a training step with and without recomputed activations, each in its own process.
 
-glibc keeps freed blocks of less than 32 MB for itself, and so hides what tensors give back: MALLOC_MMAP_THRESHOLD_
-makes it return them, on both sides. It is worth setting wherever memory is short.
+glibc does not return freed blocks of less than 32 MB to the system, which hides the memory that tensors free:
+MALLOC_MMAP_THRESHOLD_ makes it return them, here for both sides. Set it wherever memory is short.
 """
 
 import json
@@ -24,7 +24,7 @@ TINY: Size = (16, 8, 8, 2)
 
 
 def peak() -> int:
-    """Bytes that the process has held at most."""
+    """Peak memory of the process in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -52,7 +52,7 @@ def step(size: Size, blocks: int, threads: int, repeats: int, *, recompute: bool
 
 
 def main() -> None:
-    """Measure 8 blocks with and without, and how memory grows with blocks."""
+    """Measure a step with and without recomputing, for several numbers of blocks."""
     options = parser(__doc__)
     options.add_argument("--one", nargs=2, type=int, metavar=("BLOCKS", "RECOMPUTE"), help="measure and print one")
     arguments = options.parse_args()

@@ -1,4 +1,4 @@
-"""What all comparisons share: medians, one thread setting for both sides, a table with its machine and commit."""
+"""What all comparisons share: medians, one thread setting for both sides, a table with machine and commit."""
 
 import argparse
 import statistics
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(function: Callable[[], Any], repeats: int = 7, warm_up: int = 2) -> float:
-    """Median time of a call, after some that do not count."""
+    """Median time of a call, after a warm-up."""
     for _ in range(warm_up):
         function()
     times = []
@@ -30,7 +30,7 @@ def seconds(function: Callable[[], Any], repeats: int = 7, warm_up: int = 2) -> 
 
 
 def alternating(functions: dict[str, Callable[[], Any]], repeats: int = 7, warm_up: int = 2) -> dict[str, float]:
-    """Median time of each, taken in turns: what else the machine does then slows all of them alike."""
+    """Median time of each, measured in turns, so that other load on the machine slows all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
@@ -41,7 +41,7 @@ def alternating(functions: dict[str, Callable[[], Any]], repeats: int = 7, warm_
 
 
 def row(what: str, ours: float, theirs: float, target: float | None, unit: str = "ms") -> dict[str, Any]:
-    """One line of a table: both sides and their ratio, beside the target if there is one."""
+    """One line of a table: both sides, their ratio, and the target if there is one."""
     ratio = ours / theirs
     return {
         "what": what,
@@ -58,12 +58,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     result.add_argument("--repeats", type=int, default=7)
-    result.add_argument("--quick", action="store_true", help="tiny sizes, once, nothing written: to see that it runs")
+    result.add_argument("--quick", action="store_true", help="tiny sizes, one repeat, no files: checks that it runs")
     return result
 
 
 def begin(arguments: argparse.Namespace) -> None:
-    """Set the threads; keep the libraries' warnings out of the tables."""
+    """Set the number of threads, and keep warnings of libraries out of the tables."""
     if arguments.quick:
         arguments.repeats = 1
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Fitting in anomalib's engine: seconds per epoch from the second on, beside anomalib's Csflow.
 
-The same images, backbone weights, size, blocks and width for both; no validation. The writing of checkpoints is left
-out on both sides: at the paper's width one takes 3.3 GB, and longer than the steps on so few images.
+The same images, backbone weights, size, blocks and width for both; no validation. Writing checkpoints is not timed on
+either side: at the paper's width, one takes 3.3 GB, and more time than the steps on these few images.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ PAPER_WITHOUT_WEIGHTS = {
     "weights": "random",
     "bfloat16": True,
 }
-"""The time does not depend on the weights: random ones need no hub."""
+"""The time does not depend on the weights, and random ones need no hub."""
 ONE_LAYER = {
     "layer": "blocks.5",
     "layers": [],
@@ -41,7 +41,7 @@ ONE_LAYER = {
     "image_score": "energy",
     "max_steps": None,
 }
-"""What Csflow can do too: one layer at three image sizes, by epochs."""
+"""Changes that leave only what Csflow also supports: one layer at three image sizes, trained by epochs."""
 
 
 def their_csflow(recipe: dict[str, Any]) -> Csflow:
@@ -57,21 +57,21 @@ class EpochTimes(Callback):
         self.seconds: list[float] = []
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """Begin with an epoch."""
+        """Start the clock of an epoch."""
         self.start = time.perf_counter()
         self.seconds.append(0.0)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Count up to here."""
+        """Set the epoch's time up to this step."""
         self.seconds[-1] = time.perf_counter() - self.start
 
     def from_the_second(self) -> float:
-        """Median of all epochs but the first."""
+        """Median of all epochs except the first."""
         return median(self.seconds[1:])
 
 
 def images(root: Path, count: int, side: int) -> Path:
-    """A folder of grey noise, in the size of real photographs."""
+    """A folder of grey noise images, as large as real photographs."""
     generator = np.random.default_rng(0)
     (root / "good").mkdir(parents=True)
     for index in range(count):
@@ -80,7 +80,7 @@ def images(root: Path, count: int, side: int) -> Path:
 
 
 def epoch_seconds(model: AnomalibModule, root: Path, batch_size: int, epochs: int) -> float:
-    """Seconds of an epoch from the second on."""
+    """Seconds per epoch, from the second on."""
     seed_everything(0, verbose=False)
     data = Folder(
         name="noise",
@@ -112,7 +112,7 @@ def main() -> None:
     arguments = options.parse_args()
     begin(arguments)
     cases: dict[str, tuple[str, dict[str, Any], int, int, int, int, float]] = {
-        # recipe, changes of it, images, their side, images per batch, epochs, target
+        # recipe, changes to it, number of images, their side, images per batch, epochs, target
         "small": ("cs_flow_small.yaml", ONE_LAYER, 96, 300, 16, 6, 1 / 8),
         "paper": ("cs_flow.yaml", PAPER_WITHOUT_WEIGHTS, 8, 900, 4, 3, 1 / 5),
     }

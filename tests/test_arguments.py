@@ -83,7 +83,7 @@ def test_other_outputs_are_refused_by_name(saved: tuple[type[FlowDetector], Path
     cls, path = saved
     small, others = SIX[cls]
     for name, value in others.items():
-        message = rf"trained with {name}=.*, this detector has .*: build it alike"
+        message = rf"trained with {name}=.*, this detector has .*: create it with the same value"
         if (cls, name, value) != (FastFlow, "kernel_sizes", None):  # which stands for the 3 and 1 that it has
             with pytest.raises(CheckpointError, match=message):
                 cls.load_from_checkpoint(path, **{name: value})

@@ -89,7 +89,7 @@ def test_a_fit_ends_after_its_steps(mvtec_layout: Path, tmp_path: Path, hub: Pat
         assert kept["labels"].tolist() == ["blob" in path for path in kept["paths"]]
         assert roc_auc_score(kept["labels"], kept["scores"]) == pytest.approx(row["image_AUROC"])
     silent = {key: value for key, value in steps.items() if key != "steps"}
-    with pytest.raises(ValueError, match="RealNVP does not say how long it trains: give it epochs or steps"):
+    with pytest.raises(ValueError, match="RealNVP does not say how long it trains: set epochs or steps"):
         stage.fit(one_run(mvtec_layout, silent), folder)
 
 
@@ -291,9 +291,9 @@ def test_data_that_cannot_be_had_fails_alone(mvtec_layout: Path, tmp_path: Path,
 @pytest.mark.parametrize("name", ["../../x", "..", "a" * 250, "a\\b"])
 def test_names_that_name_no_folder_are_refused(name: str, mvtec_layout: Path) -> None:
     detector, (data,) = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
-    with pytest.raises(ValueError, match=r"data sets name folders, which .* cannot: use up to 80 letters and no slash"):
+    with pytest.raises(ValueError, match=r"in data sets cannot be a folder name: use up to 80 letters and no slash"):
         plan.runs([detector], [replace(data, name=name)], [0], {}, "cpu")
-    with pytest.raises(ValueError, match="detectors name folders"):
+    with pytest.raises(ValueError, match="in detectors cannot be a folder name"):
         plan.runs([replace(detector, name=name)], [data], [0], {}, "cpu")
     longest = replace(data, name="a" * 80)
     (run,) = plan.runs([replace(detector, name="b" * 80)], [longest], [0], {}, "cpu")
@@ -304,7 +304,7 @@ def test_two_benchmarks_in_one_folder_are_refused(
     mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execute, "measure_all", lambda *_: pytest.fail("the folder is another's"))
-    with FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="another benchmark is at work in"):
+    with FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="another benchmark is running in"):
         command_line.benchmark([REAL_NVP], str(mvtec_layout), shared=SHARED, out=tmp_path)
 
 
@@ -414,10 +414,10 @@ def test_a_result_of_other_versions_is_refused(tmp_path: Path) -> None:
     write_json(path, row.flat())
     assert results.read(path) == replace(row, figures={"fit_s": None})
     write_json(path, row.flat() | {"versions": row.versions | {"torch": "1.0"}})
-    with pytest.raises(ValueError, match=r"measured with torch 1\.0, and here is torch"):
+    with pytest.raises(ValueError, match=r"measured with torch 1\.0, but here is torch"):
         results.read(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="of format None and this version writes 2"):
+    with pytest.raises(ValueError, match="of format None, but this version writes 2"):
         results.read(path)
 
 

@@ -150,7 +150,7 @@ def test_sentences() -> None:
     ("arguments", "message"),
     [
         (([],), "there are no calibration scores: at least one good image is needed"),
-        (([1.0, np.nan, np.inf],), "2 of 3 calibration scores are NaN or infinite: calibrate on"),
+        (([1.0, np.nan, np.inf],), "2 of 3 calibration scores are NaN or infinite: calibrate with"),
         (([1.0], 0.0), r"the false-alarm rate is a share of good images within \(0, 1\), such as 0.01, got 0"),
         (([1.0], math.nan), "the false-alarm rate is a share"),
         (([1.0], 0.01, "certain"), "unknown promise 'certain': choose one of marginal, certified, estimated"),

@@ -44,8 +44,8 @@ def test_published_code(golden: dict) -> None:
     torch.testing.assert_close(log_prob, golden["log_prob"], atol=1e-5, rtol=1e-5)
     loss = -torch.nn.functional.logsigmoid(log_prob / channels).mean()
     torch.testing.assert_close(loss, golden["loss"].squeeze(), atol=1e-5, rtol=1e-5)
-    # whole maps give the same, cell by cell
-    (maps,), (log_dets,) = flow.cells([features])
+    # whole maps give the same, position by position
+    (maps,), (log_dets,) = flow.positions([features])
     torch.testing.assert_close(maps.permute(0, 2, 3, 1).flatten(0, 2), latents)
     torch.testing.assert_close(log_dets.flatten(), log_det)
 
@@ -57,7 +57,7 @@ def test_decoders_of_the_authors_load() -> None:
     detector.load_reference_state_dict(states)
     features = trained.model.features(torch.rand(1, 3, 64, 64))
     torch.testing.assert_close(detector.model.transform(features), trained.model.transform(features))
-    with pytest.raises(ValueError, match="weights of 1 decoders do not fit this detector's 2: give the layers"):
+    with pytest.raises(ValueError, match="weights of 1 decoders do not fit this detector's 2: use the layers"):
         detector.load_reference_state_dict(states[:1])
 
 
@@ -118,7 +118,7 @@ def fit(datamodule: Folder, tmp_path: Path) -> Fit:
 @pytest.mark.parametrize(
     ("fibers_per_step", "fine", "coarse"),
     [
-        # four images have 256 cells of the finer layer and 64 of the coarser
+        # four images have 256 positions in the finer layer and 64 in the coarser
         (100, [100, 100], [64]),
         (64, [64] * 4, [64]),
         (1000, [256], [64]),
@@ -193,7 +193,7 @@ def test_energies_are_in_standard_deviations_of_the_trainings(fit: Fit) -> None:
         energies = [torch.cat(level) for level in levels]
         torch.testing.assert_close(model.reference, torch.stack([level.mean() for level in energies]))
         torch.testing.assert_close(model.unit, torch.stack([level.std(correction=0) for level in energies]))
-        # the last batch, cell by cell
+        # the last batch, position by position
         prediction = model(detector.pre_processor(batch.image))
         relative = [
             ((level[-len(batch.image) :] - level.mean()) / level.std(correction=0)).clamp(max=0) for level in energies

@@ -52,7 +52,7 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CFlow, standardized and permuted": (CFlow, CFLOW | {"standardize": True, "permute_soft": False}),
     "CFlow, by energy": (CFlow, CFLOW | {"score_by": "energy", "top_share": 0.03}),
     "FastFlow": (FastFlow, FAST_FLOW),
-    "FastFlow, of the least likely cells": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
+    "FastFlow, of the least likely positions": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
     "FastFlow, transformer": (
         FastFlow,
         FAST_FLOW

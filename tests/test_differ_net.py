@@ -1,4 +1,4 @@
-"""What is DifferNet's alone: turned views, maps by the gradient, exports without them."""
+"""What only DifferNet has: rotated views, maps by the gradient, exports without them."""
 
 import logging
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_views_in_training(differ_net: DifferNet) -> None:
     views = (images, torch.rot90(images, 2, (2, 3)))
     (features,) = fixed.features(ImageBatch(image=images))
     torch.testing.assert_close(features, torch.cat([fixed.model.features(view)[0] for view in views]))
-    assert [view.name for view in fixed.fixed_views] == ["turned by 0 degrees", "turned by 180 degrees"]
+    assert [view.name for view in fixed.fixed_views] == ["rotated by 0 degrees", "rotated by 180 degrees"]
 
 
 def test_only_fixed_views_are_cached(
@@ -154,7 +154,7 @@ def test_a_map_belongs_to_its_own_image(differ_net: DifferNet) -> None:
 
 
 def test_map_of_a_model_that_sees_one_pixel() -> None:
-    """Views are turned back: of a likelihood that depends on one pixel alone, the map shows that pixel."""
+    """Views are rotated back: if the likelihood depends on one pixel only, the map shows that pixel."""
     detector = DifferNet(**TINY, image_size=64).eval()
 
     num_features = detector.model.features.num_features

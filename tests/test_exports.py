@@ -20,7 +20,7 @@ DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CFlow": (CFlow, CFLOW | {"standardize": True}),
     "CFlow, by energy": (CFlow, CFLOW | {"standardize": True, "score_by": "energy", "top_share": 0.03}),
     "FastFlow": (FastFlow, FAST_FLOW),
-    "FastFlow, of the least likely cells": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
+    "FastFlow, of the least likely positions": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
     "MSFlow": (MSFlow, MS_FLOW | {"standardize": True, "lr": 3e-3}),
 }
 

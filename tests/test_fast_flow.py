@@ -76,9 +76,9 @@ def test_weights_of_anomalibs_fastflow_on_a_transformer() -> None:
     ours.load_reference_state_dict(state | {"model.feature_extractor.norm.weight": torch.zeros(3)})
     maps = (torch.randn(2, 192, 4, 4),)
     torch.testing.assert_close(ours.model.flow[-1](maps), trained(maps))
-    with pytest.raises(ValueError, match="give the layers, num_steps, kernel_sizes and hidden_ratio"):
+    with pytest.raises(ValueError, match="use the layers, num_steps, kernel_sizes and hidden_ratio"):
         ours.load_reference_state_dict({name: tensor for name, tensor in state.items() if "subnet" in name})
-    with pytest.raises(ValueError, match="bound to an image size: only flows on transformers"):
+    with pytest.raises(ValueError, match="tied to one image size: only flows on transformers"):
         ours.load_reference_state_dict(state | {"model.norms.0.weight": torch.zeros(3)})
 
 

@@ -411,5 +411,5 @@ def test_it_is_on_by_default_and_ends_with_the_fit(image_folder: Path, tmp_path:
 
 @pytest.mark.parametrize("arguments", [{"max_gb": -1}, {"dtype": "int8"}], ids=str)
 def test_bad_settings_are_named(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"the feature cache keeps one of float32, float16, bfloat16 and max_gb >= 0"):
+    with pytest.raises(ValueError, match="needs a dtype of float32, float16, bfloat16 and max_gb >= 0"):
         FeatureCache(**arguments)

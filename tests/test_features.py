@@ -105,7 +105,7 @@ def test_pooled_pyramid_is_the_average_of_each_map() -> None:
 
 
 def test_least_size_of_a_backbone_that_does_not_pad() -> None:
-    """AlexNet's poolings need 63 pixels for one cell at stride 32, and its maps do not halve."""
+    """AlexNet's poolings need 63 pixels for one position at stride 32, and its maps do not halve."""
     pyramid = PooledPyramid(FrozenBackbone(create_backbone("torchvision/alexnet", "random"), "features.12"), 3)
     assert pyramid.num_features == 3 * 256
     assert pyramid(torch.zeros(1, 3, 252, 448))[0].shape == (1, 768)

@@ -85,7 +85,7 @@ def chain(dims: Dims) -> PyramidFlow:
 
 
 def convolutions(in_channels: int, out_channels: int) -> nn.Module:
-    """A small subnet that sees a cell's neighbours."""
+    """A small subnet that sees a position's neighbours."""
     return nn.Sequential(nn.Conv2d(in_channels, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, out_channels, 1))
 
 
@@ -312,16 +312,16 @@ def test_rotations_are_seeded_buffers_and_leave_the_generator_alone() -> None:
 def test_a_cells_latent_depends_on_its_own_vector_and_position(size: tuple[int, int]) -> None:
     flow = randomize(FiberFlow([(4, 8, 8)], num_blocks=2, condition_channels=8))
     features = torch.randn(2, 4, *size)
-    (latents,), (log_dets,) = flow.cells([features])
+    (latents,), (log_dets,) = flow.positions([features])
     changed = features.clone()
     changed[1, :, -1, -1] += 1
-    (other,), (other_log_dets,) = flow.cells([changed])
+    (other,), (other_log_dets,) = flow.positions([changed])
     differs = (latents != other).any(1)
     assert differs[1, -1, -1]
     assert differs.sum() == 1
     assert (log_dets != other_log_dets).sum() == 1
     if size != (1, 1):  # equal vectors at two positions are not equal
-        (latents,), _ = flow.cells([torch.ones(1, 4, *size)])
+        (latents,), _ = flow.positions([torch.ones(1, 4, *size)])
         assert not torch.allclose(latents[..., 0, 0], latents[..., -1, -1])
 
 

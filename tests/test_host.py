@@ -163,7 +163,7 @@ def test_checkpoint_of_another_model(trained: tuple[CSFlow, Path], datamodule: F
 
     with pytest.raises(CheckpointError, match="is a checkpoint of CSFlow: Sibling cannot load it"):
         Sibling.load_from_checkpoint(path)
-    with pytest.raises(CheckpointError, match="trained with hidden_channels=16, this detector has 8: build it alike"):
+    with pytest.raises(CheckpointError, match="trained with hidden_channels=16, this detector has 8: create it with"):
         CSFlow.load_from_checkpoint(path, hidden_channels=8)
     with pytest.raises(CheckpointError, match=r"trained with layer='blocks\.4', this detector has 'blocks\.3'"):
         CSFlow.load_from_checkpoint(path, layer="blocks.3")

@@ -39,7 +39,7 @@ def test_paper_defaults_of_the_constructor() -> None:
     assert isinstance(detector.model.flow[2].from_first, FusionConditioner)
 
 
-def test_features_are_averages_of_the_layers_cells() -> None:
+def test_features_are_averages_of_the_layers_positions() -> None:
     detector = MSFlow(**MS_FLOW, image_size=64)
     images = torch.rand(2, 3, 70, 90)
     pooled, layers = detector.model.features(images), detector.model.features.backbone.maps(images)
@@ -57,7 +57,7 @@ def test_fusion_joins_levels_that_are_not_neighbours() -> None:
 
 
 def test_score_and_map() -> None:
-    """Of 100 cells 3 are bad; constants elsewhere."""
+    """Of 100 positions 3 are bad; constants elsewhere."""
     fine = torch.zeros(2, 4, 10, 10)
     fine[0, :, 0, :3] = 2.0
     coarse = torch.ones(2, 4, 10, 10)
@@ -85,9 +85,9 @@ def test_score_orders_as_the_published_formula() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": ["blocks.1", "blocks.4"]}, r"have strides \[4, 16\], and MSFlow fuses maps that halve"),
+        ({"layers": ["blocks.1", "blocks.4"]}, r"have strides \[4, 16\], but MSFlow fuses maps that halve"),
         ({"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.2"], "weights": "random"}, "that halve"),
-        ({"num_blocks": [1]}, "give num_blocks of each layer"),
+        ({"num_blocks": [1]}, "num_blocks needs one number per layer"),
         ({"num_blocks": [1, 0]}, "at least two channels and one block"),
         ({"condition_channels": 6}, "a positive multiple of 4"),
         ({"image_size": 31}, "31x31 pixels is too small for layer 'blocks.4', halved to stride 32"),

@@ -141,7 +141,7 @@ def test_weights_of_anomalibs_csflow(anomalib_csflow: Csflow) -> None:
 
 def test_reference_weights_that_do_not_fit(anomalib_csflow: Csflow) -> None:
     detector = CSFlow(**SMALL, image_size=128)
-    with pytest.raises(ValueError, match="give the number of blocks, the channels and the kernel sizes"):
+    with pytest.raises(ValueError, match="use the number of blocks, channels and kernel sizes"):
         detector.load_reference_state_dict(anomalib_csflow.state_dict())
     with pytest.raises(ValueError, match="there is no CS-Flow in these weights"):
         detector.load_reference_state_dict({"conv1.weight": torch.zeros(3)})

@@ -204,7 +204,7 @@ def decoded(uri: str) -> Image.Image:
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"format": 7, "rows": []}))
-    with pytest.raises(ValueError, match=r"results\.json has format 7 and this version reads format 2: run"):
+    with pytest.raises(ValueError, match=r"results\.json has format 7, but this version reads format 2: run"):
         report.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no results\.json in .*nothing: run"):
         report.write(tmp_path / "nothing")

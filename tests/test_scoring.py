@@ -59,10 +59,10 @@ def test_top_mean() -> None:
     torch.testing.assert_close(scoring.top_mean(maps, 0.0), torch.tensor([99.0, 199.0]))
 
 
-@pytest.mark.parametrize(("share", "cells"), [(0.0, 1), (0.01, 1), (0.25, 6), (1.0, 24)])
-def test_score_of_the_least_likely_cells(share: float, cells: int) -> None:
+@pytest.mark.parametrize(("share", "positions"), [(0.0, 1), (0.01, 1), (0.25, 6), (1.0, 24)])
+def test_score_of_the_least_likely_positions(share: float, positions: int) -> None:
     densities = torch.rand(2, 1, 4, 6)
-    mean = densities.flatten(1).sort(1).values[:, :cells].mean(1)
+    mean = densities.flatten(1).sort(1).values[:, :positions].mean(1)
     torch.testing.assert_close(scoring.least_likely(-densities.log(), share), -mean.log())
     far = 1e4 + torch.rand(2, 1, 4, 6)  # densities that are 0 in float64 too
     found = scoring.least_likely(far, share)
@@ -70,7 +70,7 @@ def test_score_of_the_least_likely_cells(share: float, cells: int) -> None:
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, float("nan")])
-def test_share_of_cells(share: float) -> None:
+def test_share_of_positions(share: float) -> None:
     with pytest.raises(ValueError, match="a share of the map's positions, from 0"):
         scoring.check_top_share(share)
 

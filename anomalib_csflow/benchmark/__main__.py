@@ -1,7 +1,7 @@
 """``python -m anomalib_csflow.benchmark --config configs/benchmark.yaml``: detectors x data sets x seeds, in one table.
 
-Each run is measured in processes of its own and written when it is finished. The command, given again, goes on where
-it stopped, and tries runs that failed once more.
+Each run is measured in its own processes and written when it is finished. The same command continues where it
+stopped, and tries failed runs again.
 """
 
 import sys
@@ -19,15 +19,15 @@ from anomalib_csflow.benchmark import results
 from anomalib_csflow.benchmark.rows import Row
 from anomalib_csflow.benchmark.run import config, execute, plan
 
-SECONDS_PER_IMAGE = 0.05  # and epoch, for a detector that has not been measured here yet: one thread of a Xeon
+SECONDS_PER_IMAGE = 0.05  # and epoch, on one thread of a Xeon, for a detector that has not been measured here yet
 SECONDS_PER_RUN = 90.0  # for starting, testing, exporting and timing
 
 
 def check_extra() -> None:
-    """Ask now for what the tables and the page at the end need.
+    """Check now for the packages that the tables and the page need at the end.
 
     Raises:
-        ModuleNotFoundError: if it is not installed.
+        ModuleNotFoundError: if one is not installed.
     """
     missing = [name for name in ("jinja2", "tabulate") if find_spec(name) is None]
     if missing:
@@ -36,10 +36,10 @@ def check_extra() -> None:
 
 
 def count_images(runs: list[plan.Run]) -> tuple[dict[str, int], dict[str, str]]:
-    """Good images for training of each data set, and what is wrong with those that cannot be had.
+    """Number of good training images of each data set, and what is wrong with data sets that cannot be read.
 
     Raises:
-        ValueError: if none can be had.
+        ValueError: if none can be read.
     """
     images, broken = {}, {run.data.name: run.data.error for run in runs if run.data.error}
     for run in {run.data.name: run for run in runs}.values():
@@ -49,7 +49,7 @@ def count_images(runs: list[plan.Run]) -> tuple[dict[str, int], dict[str, str]]:
                 data = plan.datamodule(run)
                 data.setup()
                 images[name] = len(data.train_data)
-            except Exception as error:  # whatever a datamodule raises, the other data sets go on
+            except Exception as error:  # whatever a datamodule raises, continue with the other data sets
                 broken[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     if not images:
         msg = "; ".join(f"data set {name}: {problem}" for name, problem in broken.items())
@@ -58,7 +58,7 @@ def count_images(runs: list[plan.Run]) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def estimate(runs: list[plan.Run], images: dict[str, int], done: list[Row]) -> dict[str, float]:
-    """Seconds of each run by its slug: as the same detector's where one is done, a rough guess where none is."""
+    """Estimated seconds of each run, by its slug: from finished runs of the same detector, or else a rough guess."""
     seconds = {}
     for run in runs:
         rates = [
@@ -83,16 +83,16 @@ def benchmark(
     *,
     dry_run: bool = False,
 ) -> None:
-    """Measure detectors on data sets and make tables and a page of it.
+    """Measure detectors on data sets, and make tables and a page from the results.
 
     Args:
         detectors: classes by name or import path, with init_args, name, epochs or steps, batch sizes, note; or recipes.
-        data: folders in MVTec AD's layout, or of such; or datamodules by class_path with init_args and name.
+        data: folders in MVTec AD's layout, or folders of such; or datamodules by class_path with init_args and name.
         seeds: one run for each.
         shared: backbone, weights, image_size and antialias, for all detectors that can take them.
-        accelerator: as Lightning names it.
+        accelerator: Lightning's name for it.
         out: folder of the results; runs that are finished there are not measured again.
-        jobs: runs at once, each on a device of its own, or with its share of the processors.
+        jobs: number of runs at once, each on its own device, or with its share of the processors.
         dry_run: list the runs with an estimate of their time and stop.
     """
     check_extra()
@@ -114,20 +114,20 @@ def benchmark(
         return
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / "lock", blocking=False):  # the system gives it back, however this process ends
+        with FileLock(out / "lock", blocking=False):  # the system releases it, however this process ends
             rows = measure(left, runs, out, seconds, broken, console, jobs)
     except Timeout as error:
-        msg = f"another benchmark is at work in {out.absolute()}: wait for its end, or choose another --out"
+        msg = f"another benchmark is running in {out.absolute()}: wait for its end, or choose another --out"
         raise ValueError(msg) from error
     console.print(*results.remarks(rows), sep="\n", markup=False, highlight=False, soft_wrap=True)
-    from anomalib_csflow.benchmark.page import report  # noqa: PLC0415 (what it needs was asked for above)
+    from anomalib_csflow.benchmark.page import report  # noqa: PLC0415 (its packages were checked above)
 
     page = report.write(out)
     console.print(f"\nTables: {out / 'results.md'}, {out / 'results.csv'}. Page: {page}", soft_wrap=True)
 
 
 def read(runs: list[plan.Run], out: Path) -> list[Row]:
-    """The rows of the runs that ended, well or not."""
+    """The rows of all runs that ended, failed ones included."""
     found = [results.read(out / "runs" / run.slug / "result.json") for run in runs]
     return [row for row in found if row is not None]
 
@@ -141,7 +141,7 @@ def measure(
     console: Console,
     jobs: int,
 ) -> list[Row]:
-    """Measure what is left and write the tables of all, those of a run that is cut short too; returns the rows."""
+    """Measure the remaining runs and write the tables of all, also if it is interrupted; returns the rows."""
     try:
         execute.measure_all(left, out, seconds, broken, console, jobs)
     finally:
@@ -152,7 +152,7 @@ def measure(
 
 
 def listing(runs: list[plan.Run], seconds: dict[str, float], done: set[str]) -> Table:
-    """What a dry run shows."""
+    """The table that a dry run shows."""
     table = Table("data", "detector", "seed", "epochs", "steps", "about, s", "state")
     for run in runs:
         state = "done" if run.slug in done else "to do"
@@ -164,11 +164,11 @@ def listing(runs: list[plan.Run], seconds: dict[str, float], done: set[str]) -> 
 
 def main() -> None:
     """Parse the command line and run."""
-    warnings.simplefilter("ignore")  # the libraries' own, which would bury the progress
+    warnings.simplefilter("ignore")  # warnings of libraries, which would hide the progress
     parser = ArgumentParser(
         prog="python -m anomalib_csflow.benchmark", description=(benchmark.__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these")
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
     parser.add_function_arguments(benchmark, skip={"dry_run"})
     parser.add_argument("--dry_run", action="store_true", help="list the runs with an estimate of their time and stop")
     arguments = parser.instantiate_classes(parser.parse_args()).as_dict()
@@ -178,7 +178,7 @@ def main() -> None:
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from here")
+        sys.exit("stopped: the same command continues from here")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of a benchmark to the figures of its page: mean and spread over seeds, the best, the Pareto front."""
+"""From the rows of a benchmark to the figures of its page: mean and spread over seeds, the best, the Pareto front."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +15,11 @@ class Column:
 
     Args:
         key: its name in a row.
-        title: its name for people, with the unit.
-        group: what it tells about.
-        higher: True if more is better.
-        digits: decimals; None for three significant digits.
-        scale: what a row's value is multiplied with.
+        title: its name for readers, with the unit.
+        group: its topic.
+        higher: True if higher is better.
+        digits: number of decimals; None for three significant digits.
+        scale: factor for a row's value.
     """
 
     key: str
@@ -54,12 +54,12 @@ SPEEDS = tuple(
 )
 COLUMNS = METRICS + COSTS + SPEEDS
 BY_KEY = {column.key: column for column in COLUMNS}
-NONE = "\N{EN DASH}"  # what was not measured
+NONE = "\N{EN DASH}"  # shown for values that were not measured
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, sample standard deviation (None of one seed) and single values of one quantity."""
+    """Mean, sample standard deviation (None for one seed) and single values of one quantity."""
 
     mean: float
     std: float | None
@@ -67,11 +67,11 @@ class Spread:
 
 
 Figures = Mapping[tuple[str, str], Mapping[str, Spread]]
-"""Figures of each (detector, data), by key."""
+"""Figures for each (detector, data), by key."""
 
 
 def written(value: float, digits: int | None) -> str:
-    """A number for people: so many decimals, or three significant digits.
+    """A number as text, with the given decimals, or with three significant digits.
 
     >>> written(0.97812, 3), written(1234.5, None), written(0.01234, None), written(0.0, None)
     ('0.978', '1,234', '0.0123', '0.00')
@@ -93,12 +93,12 @@ def written_spread(spread: Spread, column: Column) -> tuple[str, str]:
 
 
 def names(rows: Iterable[Row], key: str) -> list[str]:
-    """Distinct values in the order in which they come."""
+    """Distinct values, in the order of the rows."""
     return list(dict.fromkeys(str(getattr(row, key)) for row in rows))
 
 
 def summary(rows: Sequence[Row]) -> Figures:
-    """Spread over the seeds of each (detector, data), of the runs that are done; what was not measured is left out."""
+    """Spread over seeds for each (detector, data), from finished runs, without quantities that were not measured."""
     done = [row for row in rows if row.done]
     if not done:
         return {}
@@ -119,7 +119,7 @@ def summary(rows: Sequence[Row]) -> Figures:
 
 
 def failures(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[str]]]:
-    """Of each (detector, data): reasons and the seeds that failed so."""
+    """For each (detector, data): reasons, and the seeds that failed with them."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
         if not row.done:
@@ -129,17 +129,17 @@ def failures(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[str]]]
 
 
 def measured(figures: Figures, columns: Iterable[Column]) -> list[Column]:
-    """The columns that some detector has."""
+    """The columns that at least one detector has."""
     return [column for column in columns if any(column.key in own for own in figures.values())]
 
 
 def metrics(figures: Figures) -> list[Column]:
-    """The metrics that can be chosen."""
+    """The metrics that readers can choose."""
     return measured(figures, METRICS)
 
 
 def best(figures: Figures, data: str, column: Column) -> set[str]:
-    """Detectors with the best mean on one data set, as it is written; none where there is nothing to compare."""
+    """Detectors with the best mean on one data set, after rounding; empty if there is nothing to compare."""
     means = {
         detector: own[column.key].mean for (detector, of), own in figures.items() if of == data and column.key in own
     }
@@ -150,7 +150,7 @@ def best(figures: Figures, data: str, column: Column) -> set[str]:
 
 
 def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
-    """Which points no other one beats: another costs no more and gains no less, and differs in one of them.
+    """Which points no other point beats, by costing no more, gaining no less, and differing in one of the two.
 
     >>> pareto([1, 2, 3, 3], [0.5, 0.9, 0.8, 0.95])
     [True, True, False, True]

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON per run, and from them the tables."""
+"""Results on disk: one JSON file per run, and tables made from these."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from .rows import FORMAT, Row, write_json
 from .standings import BESIDE, OVER_ALL, Standing, duels, plain, standings, table
 
 PACKAGES = ("anomalib-csflow", "anomalib", "torch", "torchvision", "timm", "openvino")
-TABLES = {  # what a terminal and a README have room for; the page shows all
+TABLES = {  # the figures that a terminal and a README have room for; the page shows all
     "Accuracy": ("image_AUROC", "image_AP", "image_F1", "pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO"),
     "Cost": (
         "fit_s",
@@ -33,7 +33,7 @@ TITLES = {"openvino_b1_p50_ms": "OpenVINO, ms", "torch_b1_p50_ms": "torch, ms", 
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, as far as they are installed."""
+    """Versions of the packages that figures depend on, of those that are installed."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(ModuleNotFoundError):
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout that is measured, or nothing."""
+    """The commit of the measured checkout, or an empty string."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -51,20 +51,20 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """The processor and how many of them."""
+    """The processor, the number of its CPUs, and the system."""
     names = [line for line in _cpuinfo() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"
 
 
 def _cpuinfo() -> list[str]:
-    """Linux's own words on its processors; nothing elsewhere."""
+    """Lines of ``/proc/cpuinfo`` on Linux; empty elsewhere."""
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.is_file() else []
 
 
 def read(path: Path) -> Row | None:
-    """The result of a run, or None where there is none.
+    """The result of a run, or None if there is none.
 
     Raises:
         ValueError: if it was written in another format or with other versions.
@@ -74,13 +74,13 @@ def read(path: Path) -> Row | None:
     values = json.loads(path.read_text())
     remedy = "choose another --out, or move that folder away"
     if values.get("format") != FORMAT:
-        msg = f"{path} is of format {values.get('format')!r} and this version writes {FORMAT}: {remedy}"
+        msg = f"{path} is of format {values.get('format')!r}, but this version writes {FORMAT}: {remedy}"
         raise ValueError(msg)
     row, here = Row.parse(values), versions()
     other = [f"{name} {found}" for name, found in row.versions.items() if here.get(name) != found]
     if other:
         now = ", ".join(f"{entry.split()[0]} {here.get(entry.split()[0], 'is not installed')}" for entry in other)
-        msg = f"{path} was measured with {', '.join(other)}, and here is {now}: figures would not compare; {remedy}"
+        msg = f"{path} was measured with {', '.join(other)}, but here is {now}: do not mix their figures, {remedy}"
         raise ValueError(msg)
     return row
 
@@ -97,13 +97,13 @@ def save(rows: Sequence[Row], out: Path) -> list[Standing]:
 
 
 def summary(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, as text; a row per data set and detector; failed runs are left out."""
+    """Mean ± standard deviation over seeds, as text; one row per data set and detector, without failed runs."""
     figures = overview.summary(rows)
     table = []
     for data in overview.names(rows, "data"):
         for detector in (name for name in overview.names(rows, "detector") if (name, data) in figures):
             spreads = figures[detector, data]
-            if "fit_s" not in spreads:  # all of its runs failed
+            if "fit_s" not in spreads:  # all runs failed
                 continue
             entry = {"data": data, "detector": detector, "seeds": str(len(spreads["fit_s"].values))}
             for key in keys:
@@ -120,7 +120,7 @@ def _cell(spread: overview.Spread, column: overview.Column) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table must know: notes, failures, thresholds, machine, versions."""
+    """Remarks for readers of the table: notes, failures, thresholds, machine, versions."""
     found: dict[str, None] = {}
     for row in rows:
         for note in row.notes:
@@ -137,19 +137,19 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], found: Sequence[Standing]) -> str:
-    """Over all data sets, on each, and the remarks, for a README."""
+    """The tables over all data sets and for each, and the remarks, for a README."""
     frames = [table(found), duels(found), *(summary(rows, keys) for keys in TABLES.values())]
     tables = [_shown(frame).to_markdown(index=False, disable_numparse=True) for frame in frames if len(frame)]
     return "\n\n".join([*(tables or ["No run is done."]), "\n".join(f"- {line}" for line in remarks(rows))]) + "\n"
 
 
 def _shown(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns in which something was measured."""
+    """The columns that have any value."""
     return frame[[column for column in frame.columns if not (frame[column] == overview.NONE).all()]]
 
 
 def terminal(rows: Sequence[Row], found: Sequence[Standing]) -> list[Table]:
-    """Tables that fit into a terminal: what is found on each data set, what it costs, and all sets together."""
+    """Tables that fit into a terminal: accuracy on each data set, cost, and all sets together."""
     frames = {
         f"{title}: last epoch, mean ± standard deviation over seeds": summary(rows, keys)
         for title, keys in TABLES.items()

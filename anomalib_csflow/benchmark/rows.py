@@ -1,4 +1,4 @@
-"""A row of the benchmark: what a run was and what it measured, and its JSON."""
+"""A row of the benchmark: the settings and figures of a run, and its JSON form."""
 
 import json
 import math
@@ -12,12 +12,12 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One run. What is None was not found out before the run failed.
+    """One run. A value is None if the run failed before it was known.
 
     Args:
-        run: the folder of the run.
+        run: name of the run's folder.
         detector: its name.
-        class_path: what was built.
+        class_path: of the class or function that made it.
         data: name of the data set.
         seed: of the random numbers.
         status: ``done`` or ``failed``.
@@ -26,20 +26,20 @@ class Row:
         backbone: of the model.
         weights: where they come from.
         image_size: height and width.
-        notes: what is not as for the others.
-        epochs: begun in the fit.
-        steps: of the optimizer.
-        train_images: how many the fit had.
-        test_good: good images of the test.
-        test_defective: defective ones.
-        threshold: how F1 got its own.
-        threads: of the process.
+        notes: what differs from the other detectors.
+        epochs: number of epochs begun in the fit.
+        steps: number of optimizer steps.
+        train_images: number of training images.
+        test_good: number of good test images.
+        test_defective: number of defective test images.
+        threshold: how the threshold for F1 was chosen.
+        threads: number of threads of the process.
         device: where it was fitted.
-        machine: which one.
+        machine: where it was measured.
         versions: of the packages that figures depend on.
         commit: of this package.
         run_s: seconds of all stages.
-        finished: when.
+        finished: date and time of the end.
         figures: all that :data:`overview.COLUMNS` names, and more, by key.
     """
 
@@ -72,33 +72,33 @@ class Row:
 
     @property
     def done(self) -> bool:
-        """Whether it was measured."""
+        """Whether the run was measured without failing."""
         return self.status == "done"
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "Row":
-        """From flat values, as JSON has them: what is no field is a figure."""
+        """From flat values, as in JSON: every key that is not a field is a figure."""
         known = {entry.name for entry in fields(cls)} - {"figures"}
         own = {key: value for key, value in values.items() if key in known}
         own |= {key: type(empty)() for key, empty in (("notes", []), ("versions", {})) if own.get(key) is None}
         return cls(**own, figures={key: values[key] for key in values.keys() - known - {"format"}})
 
     def flat(self) -> dict[str, Any]:
-        """What :meth:`parse` reads."""
+        """Flat values, as :meth:`parse` reads them."""
         values = asdict(self)
         figures = values.pop("figures")
         return {"format": FORMAT} | values | figures
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write so that a reader, or a benchmark that is killed, never sees half a file."""
+    """Write a file in one step, so that nobody reads half a file, even if the benchmark is killed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(_plain(value), indent=1))
     temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as JSON has them: what is no number becomes null."""
+    """Values that JSON supports: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

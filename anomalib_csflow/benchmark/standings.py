@@ -1,4 +1,4 @@
-"""Detectors over all data sets: mean and worst accuracy, and image AUROC beside the better PatchCore, set by set."""
+"""Detectors over all data sets: mean and worst accuracy, and image AUROC beside the better PatchCore on each set."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +16,13 @@ from .rows import Row
 KEYS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 RESAMPLES = 5000
 OVER_ALL = "All data sets: mean over sets of the mean over seeds, and the worst set"
-BESIDE = "Image AUROC less that of the better PatchCore of each set, with 95 % intervals over test images"
+BESIDE = "Image AUROC minus that of the better PatchCore on each set, with 95 % intervals over test images"
 Pairs = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Image AUROC less that of the better PatchCore on a data set, with its 95 % interval over test images."""
+    """Image AUROC minus that of the better PatchCore on a data set, with its 95 % interval over test images."""
 
     value: float
     low: float
@@ -38,11 +38,11 @@ class Standing:
 
     Args:
         detector: its name.
-        sets: on how many it was measured.
-        of: how many there are.
+        sets: number of sets that it was measured on.
+        of: number of all sets.
         means: by key, the mean over the sets of the mean over seeds.
-        worsts: by key, the least of these and its set.
-        differences: by set, where a PatchCore and this detector left their scores.
+        worsts: by key, the lowest mean over seeds, and its set.
+        differences: by set, if there are scores of a PatchCore and of this detector.
     """
 
     detector: str
@@ -54,12 +54,12 @@ class Standing:
 
     @property
     def counted(self) -> str:
-        """On how many sets it was measured, and of how many where some are missing."""
+        """Number of sets that it was measured on, and of all sets if some are missing."""
         return str(self.sets) if self.sets == self.of else f"{self.sets} of {self.of}"
 
     @property
     def duel(self) -> str:
-        """Sets won and lost, and how many of these are beyond the chance of the test images."""
+        """Sets won and lost, and in parentheses those whose 95 % interval leaves out 0."""
         found = self.differences.values()
         won, lost = [d for d in found if d.value > 0], [d for d in found if d.value < 0]
         sure = sum(d.low > 0 for d in won), sum(d.high < 0 for d in lost)
@@ -67,10 +67,10 @@ class Standing:
 
 
 def pairs(path: Path) -> tuple[Pairs, list[str]] | None:
-    """Which pairs of a defective and a good image a run ranks rightly (ties one half), whose mean is the AUROC.
+    """Which pairs of a defective and a good image a run ranks correctly (ties: one half); their mean is the AUROC.
 
     Returns:
-        (defective, good), and the images' paths; None where the run left no scores.
+        (defective, good), and the paths of the images; None if the run has no scores.
     """
     if not path.is_file():
         return None
@@ -81,7 +81,7 @@ def pairs(path: Path) -> tuple[Pairs, list[str]] | None:
 
 
 def mean_pairs(rows: Sequence[Row], out: Path) -> dict[tuple[str, str], Pairs]:
-    """Of each (detector, data) the mean over seeds, where all runs on that set saw the same images."""
+    """Mean over seeds for each (detector, data), from runs that were tested on the same images of that data set."""
     found: dict[tuple[str, str], list[Pairs]] = {}
     images: dict[str, list[str]] = {}
     for row in rows:
@@ -92,7 +92,7 @@ def mean_pairs(rows: Sequence[Row], out: Path) -> dict[tuple[str, str], Pairs]:
 
 
 def difference(ours: Pairs, theirs: Pairs) -> Difference:
-    """Paired bootstrap: the same defective and the same good images are drawn again for both."""
+    """Paired bootstrap: the same defective and good images are drawn for both."""
     generator = np.random.default_rng(0)
     gain = ours - theirs
     defective, good = (generator.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in gain.shape)
@@ -101,7 +101,7 @@ def difference(ours: Pairs, theirs: Pairs) -> Difference:
 
 
 def standings(rows: Sequence[Row], figures: Figures, out: Path) -> list[Standing]:
-    """All detectors that were measured, best mean image AUROC first.
+    """All measured detectors, the best mean image AUROC first.
 
     Args:
         rows: of the runs.
@@ -148,7 +148,7 @@ def table(found: Sequence[Standing]) -> pd.DataFrame:
 
 
 def duels(found: Sequence[Standing]) -> pd.DataFrame:
-    """The difference from the better PatchCore on each set, as text; empty where there is no PatchCore."""
+    """The difference from the better PatchCore on each set, as text; empty if there is no PatchCore."""
     sets = list(dict.fromkeys(data for standing in found for data in standing.differences))
     return pd.DataFrame(
         {"detector": standing.detector} | {data: str(standing.differences.get(data, overview.NONE)) for data in sets}
@@ -158,5 +158,5 @@ def duels(found: Sequence[Standing]) -> pd.DataFrame:
 
 
 def plain(found: Sequence[Standing]) -> list[dict[str, Any]]:
-    """For JSON and CSV."""
+    """Plain values, for JSON and CSV."""
     return [asdict(standing) for standing in found]

@@ -1,7 +1,7 @@
-"""Good images only -> p-values, thresholds with a promise, drift: pure functions on scores.
+"""From scores of good images to p-values, thresholds with a promise, and drift: pure functions.
 
-numpy alone at run time: a line that judges and watches with these needs neither torch nor anomalib. scipy is
-imported where Beta quantiles are asked for.
+Only numpy is needed at run time: a production line that uses these needs neither torch nor anomalib. scipy is only
+imported for Beta quantiles.
 """
 
 from .drift import DriftMonitor, DriftState

@@ -1,10 +1,10 @@
-"""Has the line changed? A conformal test martingale on the scores of a stream.
+"""Whether a stream of images has changed: a conformal test martingale on their scores.
 
 References:
     Vovk, Nouretdinov, Gammerman: Testing exchangeability on-line, 2003 (the martingale).
     Vovk et al.: Retrain or not retrain: conformal test martingales for change-point detection, 2021.
     Herbster, Warmuth: Tracking the best expert, 1998 (money that moves between bets).
-    Page: Continuous inspection schemes, 1954 (the cumulative sum that says since when).
+    Page: Continuous inspection schemes, 1954 (the cumulative sum that dates the change).
 """
 
 import bisect
@@ -18,15 +18,15 @@ from numpy.typing import ArrayLike
 from .thresholds import checked
 
 TAILS = ((0.01, 4.0), (0.05, 1.8), (0.1, 1.6))
-"""Bets that a share of 1, 5 or 10 % of the highest ranks has become so many times as frequent: defects."""
+"""Bets on defects: that the highest 1, 5 or 10 % of the ranks have become more frequent, by this factor."""
 SLOPES = (0.6, -0.6)
-"""Bets that the density of ranks falls, or rises, linearly by so much about 1: all scores have moved up, or down."""
+"""Bets that all scores have moved up, or down: the density of ranks falls, or rises, linearly about 1 by this much."""
 STAKES = (0.2, 0.25, 0.15, 0.3, 0.1)
-"""Shares of what is staked, of each tail and each slope."""
+"""Share of each tail and each slope in the money that is staked."""
 AT_ONCE = 0.7
 """Share of the money that is staked before the first image; the rest is kept for a change that comes later."""
 LATER = 1000
-"""Images after which half of what was kept has been staked: a share of ``1 / (t + LATER)`` of it at image t."""
+"""Number of images after which half of the kept money has been staked: ``1 / (t + LATER)`` of it at image t."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class DriftState:
     """What is known after an image.
 
     Attributes:
-        num_images: images seen.
-        p_value: randomised rank of the last image's score among all before, in (0, 1): uniform and independent of
-            all others while nothing changes.
-        evidence: natural logarithm of the martingale; an unchanged stream ever gets to ``log(1 / rate)`` with a
-            probability of at most the rate.
-        alarm: whether it has ever been there.
-        since: the image, counted from 0, with which the change seems to have begun; None before the alarm.
+        num_images: number of images seen.
+        p_value: randomized rank of the last image's score among all earlier ones, in (0, 1): uniform and independent
+            of all others while nothing changes.
+        evidence: natural logarithm of the martingale; on an unchanged stream, the probability that it ever reaches
+            ``log(1 / rate)`` is at most the rate.
+        alarm: whether it has ever reached it.
+        since: the image, counted from 0, at which the change seems to have begun; None before the alarm.
     """
 
     num_images: int
@@ -51,25 +51,25 @@ class DriftState:
 
 
 class DriftMonitor:
-    """Watches a stream of scores for a change, with a bound on its false alarms however long it watches.
+    """Watches a stream of scores for a change, with a bound on false alarms for any length of the stream.
 
-    Each score is ranked among the calibration's and the stream's before it. While all are exchangeable the ranks,
-    ties broken at random, are independent and uniform, so that money that is bet on them at fair odds is a
-    martingale that starts at 1: by Ville's inequality it ever reaches ``1 / rate`` with a probability of at most
-    ``rate``. (The p-values of a verdict share one calibration, and are no such ranks.)
+    Each score is ranked among the calibration scores and the earlier ones of the stream. While all are exchangeable,
+    the ranks, with ties broken at random, are independent and uniform, so money that is bet on them at fair odds is a
+    martingale that starts at 1: by Ville's inequality, the probability that it ever reaches ``1 / rate`` is at most
+    ``rate``. (The p-values of single images share one calibration, so they are not such ranks.)
 
-    Measured on 500 streams, rate 0.05, with a change at the first image from 5 to 10 % of false alarms. With 300
-    calibration images it is found within 300 images in 92 % of streams if all scores move up, in 90 % if defects come
-    that are above all good scores, in 84 % if all move down, in 64 % if their spread grows, and in 34 % if the highest
-    twentieth doubles its share and nothing else changes (one bet that knows the change finds it in 57 %). With 60, in
-    50 % if all move up, after 63 images in the median, or else hardly ever, and in 16 % if defects come: the new
-    scores soon are the larger part of what they are ranked in. 300 more unchanged images make that 75 and 60 %.
+    Measured on 500 streams, rate 0.05, with a change from 5 to 10 % of false alarms at the first image. With 300
+    calibration images, the change is found within 300 images in 92 % of streams if all scores move up, in 90 % if there
+    are defects above all good scores, in 84 % if all move down, in 64 % if their spread grows, and in 34 % if the
+    highest twentieth doubles its share and nothing else changes (a single bet on that very change finds it in 57 %).
+    With 60, in 50 % if all move up (after a median of 63 images; later, hardly ever), and in 16 % if there are defects:
+    the new scores soon outnumber the ones they are ranked among. 300 more unchanged images make that 75 and 60 %.
 
     Args:
         calibration_scores: ``(n,)``, of good images held out from training, scored by the model that scores the
-            stream; out-of-fold scores of other models are not.
+            stream; out-of-fold scores come from other models, and do not fit.
         rate: bound on the probability of a false alarm, over any number of images.
-        seed: of the breaking of ties.
+        seed: for breaking ties.
 
     Raises:
         ValueError: if there are no scores, one is not finite, or the rate is not within (0, 1).
@@ -99,11 +99,11 @@ class DriftMonitor:
 
     @property
     def alarm(self) -> bool:
-        """Whether a change was found; it stays."""
+        """Whether a change was found; once True, it stays True."""
         return self.since is not None
 
     def update(self, score: float) -> DriftState:
-        """Take in the score of the next image; O(log n) comparisons.
+        """Add the score of the next image; O(log n) comparisons.
 
         Raises:
             ValueError: if it is NaN or infinite.
@@ -119,7 +119,7 @@ class DriftMonitor:
         return DriftState(self.num_images, p_value, self.evidence, self.alarm, self.since)
 
     def watch(self, scores: Iterable[float]) -> list[DriftState]:
-        """Take in the scores of several images, in their order.
+        """Add the scores of several images, in their order.
 
         Raises:
             ValueError: if one is NaN or infinite.
@@ -127,7 +127,7 @@ class DriftMonitor:
         return [self.update(score) for score in scores]
 
     def _rank(self, score: float) -> float:
-        """Share of scores above this one, itself and its ties counted at random; within (0, 1)."""
+        """Share of scores above this one, within (0, 1); a random part of its ties counts, itself included."""
         score = float(score)
         if not math.isfinite(score):
             msg = f"the score of image {self.num_images} is {score}: only finite scores have a rank"
@@ -138,7 +138,7 @@ class DriftMonitor:
         return (count - high + (1 - self._random.random()) * (high - low + 1)) / (count + 1)
 
     def _stake(self, gains: list[float]) -> None:
-        """Settle the bets, and stake a part of what is kept for later."""
+        """Settle the bets, and stake a part of the money that is kept for later."""
         staked = [stake * gain for stake, gain in zip(self._staked, gains, strict=True)]
         total = self._kept + sum(staked)
         self.evidence += math.log(total)
@@ -147,7 +147,7 @@ class DriftMonitor:
         self._staked = [(money + share * stake) / total for money, stake in zip(staked, STAKES, strict=True)]
 
     def _sum_up(self, gains: list[float]) -> None:
-        """Each bet's logarithmic gain since it was last without any, and when that was."""
+        """Update each bet's logarithmic gain since it was last 0 or less, and the image at which that was."""
         for index, gain in enumerate(gains):
             if self._sums[index] <= 0:
                 self._sums[index], self._starts[index] = 0.0, self.num_images

@@ -1,4 +1,4 @@
-"""One rate for two verdicts: the label, of an image's score, and the contour, of its map's maximum.
+"""One rate for two decisions: the label, from an image's score, and the contour, from its map's maximum.
 
 References:
     Tukey: Nonparametric estimation II: statistically equivalent blocks and tolerance regions, 1947.
@@ -16,17 +16,17 @@ from .scale import Scale
 from .thresholds import Scores, checked, threshold
 
 BALANCED = 2
-"""Least number of images that a threshold on two scores cuts off without a reference: one for each."""
+"""Least number of images above a threshold on two scores without a reference: one for each score."""
 
 
 @dataclass(frozen=True)
 class JointThresholds:
-    """Scales of the image score and of the map, whose thresholds keep one rate together.
+    """Scales of the image score and of the map, whose thresholds together keep one rate.
 
     Attributes:
         score: scale of the image score; its threshold decides the label.
         map: scale of the map's values; its threshold decides the mask. None without maps.
-        promise: at most its rate of good images has a score or a map's value above the threshold.
+        promise: at most this rate of good images has a score, or any value of the map, above its threshold.
     """
 
     score: Scale
@@ -34,7 +34,7 @@ class JointThresholds:
     promise: Promise
 
     def larger(self, scores: ArrayLike, map_maxima: ArrayLike | None) -> NDArray[np.floating[Any]]:
-        """The larger of the calibrated score and the calibrated maximum of the map ``(n,)``: above 0.5 if either is."""
+        """The larger of calibrated score and calibrated maximum of the map ``(n,)``: above 0.5 if one of them is."""
         calibrated = self.score.calibrated(scores)
         if self.map is None or map_maxima is None:
             return calibrated
@@ -50,31 +50,31 @@ def joint_thresholds(
     *,
     reference: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> JointThresholds:
-    """Thresholds of score and map of which a good image exceeds either with one false-alarm rate.
+    """Thresholds of score and map; a good image exceeds at least one of them with a single false-alarm rate.
 
-    The two are on different scales, and what makes them comparable must not come from the images that calibrate:
+    The two are on different scales, and the calibration images must not be used to make them comparable:
 
     - With a reference, other good images give each a centre and a spread (median, and median distance from it), and
       the rate is calibrated on the larger of the two standardized values, as on one score.
     - Without one, ``marginal`` and ``certified`` cut off the images with the highest score and with the highest map
-      in turn: what j cuts leave is exceeded as one score's j-th largest is (Tukey's equivalent blocks). Both must be
-      cut at least once, so that no rate below ``2 / (n + 1)`` can be promised.
-    - Without one, ``estimated`` takes centre and spread from the calibration images themselves. Measured with scores
-      independent of maps, the worst case: 1.8 % where 1/60 is promised, 1.1 % where 1 % is; with correlated ones the
-      promise.
+      in turn: the thresholds left after j cuts are exceeded as often as the j-th largest of one score (Tukey's
+      equivalent blocks). Both must be cut at least once, so no rate below ``2 / (n + 1)`` can be promised.
+    - Without one, ``estimated`` takes centre and spread from the calibration images themselves. Measured in the worst
+      case, scores that are independent of the maps: 1.8 % where 1/60 is promised, and 1.1 % where 1 % is promised. With
+      correlated scores, the promise was kept.
 
     Args:
-        scores: ``(n,)``, image scores of good images, higher being more anomalous.
-        map_maxima: ``(n,)``, the maximum of each one's map; None without maps.
+        scores: ``(n,)``, image scores of good images; higher is more anomalous.
+        map_maxima: ``(n,)``, the maximum of each image's map; None without maps.
         rate: share of good images that may have a label "anomalous" or any masked pixel.
-        kind: of promise, see :mod:`~anomalib_csflow.calibration.promises`.
-        confidence: of a certified one.
-        reference: scores and map maxima ``(m,)`` of good images held out from training that do not calibrate, such as
-            those that chose the epoch.
+        kind: kind of promise, see :mod:`~anomalib_csflow.calibration.promises`.
+        confidence: of a certified promise.
+        reference: scores and map maxima ``(m,)`` of good images that were held out from training and are not used for
+            calibration, such as those used to choose the epoch.
 
     Raises:
         ValueError: if there are no scores, one is not finite, the numbers of scores and maxima differ, or the rate,
-            the kind or the confidence is none.
+            the kind or the confidence is not valid.
     """
     check_asked(rate, kind, confidence)
     score = checked(scores)
@@ -96,13 +96,13 @@ def _pairs(scores: ArrayLike, map_maxima: ArrayLike) -> NDArray[np.float64]:
     """Score and maximum of each image, ``(n, 2)``."""
     columns: tuple[Scores, Scores] = checked(scores), checked(map_maxima, "maxima of maps")
     if columns[0].size != columns[1].size:
-        msg = f"each image has one score and one maximum of its map, got {columns[0].size} and {columns[1].size}"
+        msg = f"each image needs one score and one maximum of its map, got {columns[0].size} and {columns[1].size}"
         raise ValueError(msg)
     return np.stack(columns, axis=1).astype(np.float64)
 
 
 def _cut_in_turn(both: NDArray[np.float64], cuts: int) -> NDArray[np.float64]:
-    """Thresholds that are left after cutting off the highest score and the highest map in turn, ``(2,)``."""
+    """Thresholds after cutting off the highest score and the highest map in turn, ``(2,)``."""
     levels = both.max(axis=0)
     left = both
     for index in range(min(cuts, len(both))):
@@ -120,9 +120,9 @@ def _larger_of_standardized(
     centre = np.median(reference, axis=0)
     distances = np.abs(reference - centre)
     spread = np.median(distances, axis=0)
-    for other in (distances.mean(axis=0), np.abs(centre), np.ones(2)):  # of few or tied images
+    for other in (distances.mean(axis=0), np.abs(centre), np.ones(2)):  # with few or tied images
         spread = np.where(spread > 0, spread, other)
     larger = ((both - centre) / spread).max(axis=1)
     level = np.sort(larger)[-rank]
-    # rounding must not put an image beyond the threshold that it sets
+    # rounding must not put an image above the threshold that it sets
     return np.maximum(centre + spread * level, both[larger <= level].max(axis=0))

@@ -1,8 +1,8 @@
-"""What may be promised of the false alarms of a threshold that was taken from n good images.
+"""What can be promised about the false alarms of a threshold that comes from n good images.
 
-Of n exchangeable good scores and a next one, the next exceeds the j-th largest with probability j / (n + 1) on
-average over calibrations; for one calibration the probability is Beta(j, n + 1 - j) distributed (at most so where
-scores tie).
+If n good scores and a new one are exchangeable, the new score exceeds the j-th largest with probability j / (n + 1) on
+average over calibrations; for a single calibration, the probability has the distribution Beta(j, n + 1 - j) (an upper
+bound if scores tie).
 
 References:
     Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005 (marginal validity).
@@ -18,12 +18,12 @@ from typing import Literal, get_args
 import numpy as np
 
 Kind = Literal["marginal", "certified", "estimated"]
-"""How a rate is promised: see above."""
+"""How a rate is promised: on average, with a confidence, or as an estimate; see above."""
 KINDS: tuple[str, ...] = get_args(Kind)
 CONFIDENCE = 0.95
-"""Share of calibrations whose true rate keeps a certified promise."""
+"""Share of calibrations in which the true rate keeps a certified promise."""
 ROUNDING = 1e-9
-"""Relative slack of a rate, so that 0.01 of 100 is 1 whatever its binary digits."""
+"""Relative tolerance of a rate, so that 0.01 of 100 is 1 in spite of rounding."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Promise:
     """What was asked of a threshold, and what it promises.
 
     Attributes:
-        kind: of promise.
-        asked_rate: share of good images that may be called anomalous, as asked for.
-        rate: the share that is promised: what was asked for, or what the number of images allows.
-        confidence: share of calibrations whose true rate keeps the promise, if it is certified.
-        num_images: good images that the threshold was taken from.
-        num_needed: good images that the asked rate needs.
-        threshold: an image is called anomalous if its score is higher; of joint thresholds, the image score's.
+        kind: kind of promise.
+        asked_rate: requested share of good images that may be called anomalous.
+        rate: the promised share: the requested one, or the lowest that the number of images allows.
+        confidence: share of calibrations in which the true rate keeps the promise, if it is certified.
+        num_images: number of good images that the threshold comes from.
+        num_needed: number of good images that the requested rate needs.
+        threshold: an image is called anomalous if its score is higher; with joint thresholds, the image score's.
     """
 
     kind: Kind
@@ -50,7 +50,7 @@ class Promise:
 
     @property
     def is_as_asked(self) -> bool:
-        """Whether the images suffice for the asked rate."""
+        """Whether there are enough images for the requested rate."""
         return self.num_images >= self.num_needed
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def _percent(share: float) -> str:
 
 
 def check_asked(rate: float, kind: str, confidence: float = CONFIDENCE) -> None:
-    """Check what is asked of a threshold.
+    """Check the request for a threshold.
 
     Raises:
         ValueError: if the rate or the confidence is not within (0, 1), or there is no promise of that kind.
@@ -98,9 +98,9 @@ def num_above(num_images: int, rate: float, kind: Kind, confidence: float = CONF
 
     Args:
         num_images: n.
-        rate: asked for.
-        kind: of promise.
-        confidence: of a certified one.
+        rate: requested false-alarm rate.
+        kind: kind of promise.
+        confidence: of a certified promise.
 
     Returns:
         j, in [0, n]. ``marginal``: ``j / (n + 1) <= rate``. ``certified``: ``P(Beta(j, n + 1 - j) <= rate)`` is at
@@ -113,11 +113,11 @@ def num_above(num_images: int, rate: float, kind: Kind, confidence: float = CONF
     marginal = min(math.floor((num_images + 1) * rate * (1 + ROUNDING)), num_images)
     if kind != "certified" or marginal == 0:
         return marginal
-    from scipy.stats import beta  # noqa: PLC0415 (a second, and not needed on the line)
+    from scipy.stats import beta  # noqa: PLC0415 (takes a second, and a production line does not need it)
 
-    candidates = np.arange(1, marginal + 1)  # certified is never less than on average, whatever the confidence
+    candidates = np.arange(1, marginal + 1)  # a certified promise includes the marginal one, for any confidence
     kept = beta.cdf(rate, candidates, num_images + 1 - candidates) >= confidence
-    return int(kept.sum())  # falls in j
+    return int(kept.sum())  # the probability falls with j
 
 
 def rate_above(num_images: int, above: int, kind: Kind, confidence: float = CONFIDENCE) -> float:
@@ -141,12 +141,12 @@ def images_needed(rate: float, kind: Kind = "marginal", confidence: float = CONF
 
     Args:
         rate: share of good images that may be called anomalous.
-        kind: of promise.
-        confidence: of a certified one.
-        above: the threshold is at least the score of this rank from the top, 1 being the largest.
+        kind: kind of promise.
+        confidence: of a certified promise.
+        above: least rank of the threshold from the top; 1 is the largest score.
 
     Raises:
-        ValueError: if the rate, the kind or the confidence is none.
+        ValueError: if the rate, the kind or the confidence is not valid.
 
     Example:
         >>> images_needed(0.01), images_needed(0.01, "certified")
@@ -168,17 +168,17 @@ def _images_needed(rate: float, kind: Kind, confidence: float, above: int) -> in
 
 
 def promise(num_images: int, rate: float, kind: Kind, confidence: float, *, above: int = 1) -> tuple[Promise, int]:
-    """The promise for a number of images, its threshold still missing (NaN), and the rank j that it takes.
+    """The promise for a number of images, without its threshold (NaN), and the rank j of the threshold.
 
     Args:
         num_images: n, at least 1.
-        rate: asked for.
-        kind: of promise.
-        confidence: of a certified one.
+        rate: requested false-alarm rate.
+        kind: kind of promise.
+        confidence: of a certified promise.
         above: the least j.
 
     Raises:
-        ValueError: if the rate, the kind or the confidence is none.
+        ValueError: if the rate, the kind or the confidence is not valid.
     """
     needed = images_needed(rate, kind, confidence, above=above)
     rank = max(num_above(num_images, rate, kind, confidence), above)

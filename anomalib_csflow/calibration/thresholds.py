@@ -20,7 +20,7 @@ def checked(scores: ArrayLike, what: str = "calibration scores") -> Scores:
     """Scores as a vector ``(n,)`` of floats.
 
     Raises:
-        ValueError: if there is none, or one is NaN or infinite.
+        ValueError: if there are none, or one is NaN or infinite.
     """
     found = np.asarray(scores)
     found = (found if np.issubdtype(found.dtype, np.floating) else found.astype(np.float64)).reshape(-1)
@@ -29,7 +29,7 @@ def checked(scores: ArrayLike, what: str = "calibration scores") -> Scores:
         raise ValueError(msg)
     wrong = int((~np.isfinite(found)).sum())
     if wrong:
-        msg = f"{wrong} of {found.size} {what} are NaN or infinite: calibrate on the finite scores of a sound model"
+        msg = f"{wrong} of {found.size} {what} are NaN or infinite: calibrate with a model that gives finite scores"
         raise ValueError(msg)
     return found
 
@@ -37,18 +37,18 @@ def checked(scores: ArrayLike, what: str = "calibration scores") -> Scores:
 def p_values(scores: ArrayLike, calibration: ArrayLike) -> NDArray[np.float64]:
     """Conformal p-value of each score: ``p = (1 + #{calibration >= s}) / (n + 1)``.
 
-    Of good images that are exchangeable with the calibration's, a share of at most ``a`` has ``p <= a``.
+    Of good images that are exchangeable with the calibration images, at most a share of ``a`` has ``p <= a``.
 
     Args:
         scores: of any shape; higher is more anomalous.
         calibration: ``(n,)``, scores of held-out good images in any order, on the same scale (raw or calibrated) and
-            in the same precision. Of no image, all p-values are 1.
+            in the same precision. Without any, all p-values are 1.
 
     Returns:
-        In [1 / (n + 1), 1], of the scores' shape.
+        In [1 / (n + 1), 1], in the scores' shape.
 
     Raises:
-        ValueError: if a score is NaN, or one of the calibration is NaN or infinite.
+        ValueError: if a score is NaN, or a calibration score is NaN or infinite.
 
     Example:
         >>> p_values([0.5, 2.0, 9.0], [1.0, 2.0, 3.0]).tolist()
@@ -71,15 +71,15 @@ def threshold(
     Args:
         scores: ``(n,)``, of good images: held out from training for ``marginal`` and ``certified``.
         rate: share of good images that may be called anomalous.
-        kind: of promise, see :mod:`~anomalib_csflow.calibration.promises`.
-        confidence: of a certified one.
+        kind: kind of promise, see :mod:`~anomalib_csflow.calibration.promises`.
+        confidence: of a certified promise.
 
     Returns:
-        The threshold (one of the scores) and its rate, which is what was asked for or the lowest that n images can
-        promise, and never below ``1 / (n + 1)``.
+        The threshold (one of the scores) and its rate: the requested one, or the lowest that can be promised with n
+        images, which is never below ``1 / (n + 1)``.
 
     Raises:
-        ValueError: if there are no scores, one is not finite, or the rate, the kind or the confidence is none.
+        ValueError: if there are no scores, one is not finite, or the rate, the kind or the confidence is not valid.
 
     Example:
         >>> threshold(range(100, 0, -1), 0.05).threshold

@@ -6,11 +6,11 @@ Detection and Localization via 2D Normalizing Flows", 2021, https://arxiv.org/ab
 Differs from the published code (the authors published none: gathierry/FastFlow is the closest):
 
 - convolutional features are standardized per channel with statistics of the training set, where that code
-  learns a layer norm over channels, height and width: one that is bound to an image size, and that the
-  likelihood does not count. Here the likelihood is exact and any size will do;
-- the loss is per dimension and not a sum over 10^5 of them;
-- the map is -log of the mean over layers of exp(-1/2 mean_c z^2) and not minus this mean: cells are ordered
-  alike, but defects that are far off do not all get the same score, 0 in float32;
+  learns a layer norm over channels, height and width, which is tied to one image size and left out of the
+  likelihood. Here the likelihood is exact, for any image size;
+- the loss is per dimension, not a sum over 10^5 dimensions;
+- the map is -log of the mean over layers of exp(-1/2 mean_c z^2), instead of minus this mean: positions are
+  ranked the same, but extreme defects do not all get the same score (0 in float32);
 - permutations are seeded; any backbone and layers.
 """
 
@@ -35,7 +35,7 @@ from anomalib_csflow.flows.all_in_one import Subnet
 
 
 def convolutions(kernel_size: int, hidden_ratio: float) -> Subnet:
-    """Make subnets of two convolutions of one size (figure 3), whose hidden width is a share of the input's."""
+    """Make subnets of two convolutions of one kernel size (figure 3), with a hidden width relative to the input's."""
 
     def subnet(in_channels: int, out_channels: int) -> nn.Module:
         hidden = max(int(in_channels * hidden_ratio), 1)
@@ -49,7 +49,7 @@ def convolutions(kernel_size: int, hidden_ratio: float) -> Subnet:
 
 
 class FastFlowModel(FlowModel):
-    """The network of FastFlow: several layers of a backbone, a flow of each, the mean of their densities.
+    """The network of FastFlow: several layers of a backbone, a flow for each, the mean of their densities.
 
     Args:
         features: images to the layers' maps.
@@ -58,7 +58,7 @@ class FastFlowModel(FlowModel):
         hidden_ratio: hidden channels of a step's convolutions, as a share of their input's.
         clamp: bound of the log-scales.
         standardize: begin with a layer that standardizes each channel.
-        top_share: share of the map's cells, those least likely, of which the image score is taken.
+        top_share: share of the map's positions, the least likely ones, that the image score is computed from.
     """
 
     def __init__(
@@ -71,56 +71,56 @@ class FastFlowModel(FlowModel):
         standardize: bool,
         top_share: float,
     ) -> None:
-        dims = [(channels, 1, 1) for channels in features.channels]  # only the channels count
+        dims = [(channels, 1, 1) for channels in features.channels]  # only the channels matter
         subnets = [convolutions(kernel_size, hidden_ratio) for kernel_size in islice(cycle(kernel_sizes), num_steps)]
         flow = ParallelFlow(dims, subnets=[subnets] * len(dims), clamp=clamp)
         super().__init__(features, PyramidFlow([ChannelStandardization(dims), flow] if standardize else [flow]))
         self.top_share = top_share
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Minus the logarithm of the mean over layers of ``exp(-1/2 mean_c z^2)``; its least likely cells."""
+        """Map: minus the logarithm of the mean of ``exp(-1/2 mean_c z^2)`` over layers; score: its top share."""
         anomaly_map = scoring.surprise(scoring.upsampled([scoring.likeness(level) for level in latents], size))
         return InferenceBatch(pred_score=scoring.least_likely(anomaly_map, self.top_share), anomaly_map=anomaly_map)
 
 
 class FastFlow(FlowDetector):
-    """FastFlow in anomalib. The defaults are the paper's with Wide-ResNet-50-2; ``configs/`` has its others.
+    """FastFlow in anomalib. The defaults are the paper's with Wide-ResNet-50-2; its other backbones have recipes.
 
     These are ``resnet18.tv_in1k``, ``deit_base_distilled_patch16_384.fb_in1k`` and ``cait_m48_448.fb_dist_in1k``. A
-    transformer's tokens pass its final norm, which makes ``standardize`` needless there. ``kernel_sizes`` are repeated
-    in turn: 3 and 1, but 3 alone with ResNet-18 in the paper, whose image score has a ``top_share`` of 0.
+    transformer's tokens pass its final norm, so they do not need ``standardize``. ``kernel_sizes`` are repeated
+    in turn: 3 and 1, but only 3 with ResNet-18 in the paper, whose image score has a ``top_share`` of 0.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layers: of the backbone, whose maps are used, from fine to coarse.
+        layers: names of the backbone's layers whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_steps: of each layer's flow: 8 with ResNets, 20 with transformers in the paper.
         kernel_sizes: of the convolutions of each block or step; the paper's, if not given.
         hidden_ratio: hidden channels of a step's convolutions, as a share of their input's: 1 with ResNets,
             0.16 with transformers.
         clamp: bound of the log-scales.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
-        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
-            unusual alone.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
+        top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
+            only the most unusual position.
         lr: Adam's learning rate.
         weight_decay: Adam's.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone, layer or schedule, or an image size that the layers cannot take.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> import torch
@@ -182,11 +182,11 @@ class FastFlow(FlowDetector):
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load flows that were trained with gathierry/FastFlow or with anomalib's ``Fastflow`` on a transformer.
 
-        Build the detector with the backbone, layers and steps that they were trained with. Those trained on
-        ResNets have layer norms, which are bound to an image size and are no part of this flow.
+        Create the detector with the backbone, layers and steps that they were trained with. Flows trained on
+        ResNets have layer norms, which are tied to one image size and are not part of this flow.
 
         Args:
-            state_dict: with names that end as ``0.module_list.0.subnet.0.weight``: level, step and tensor.
+            state_dict: its names end like ``0.module_list.0.subnet.0.weight``: level, step and tensor.
 
         Raises:
             ValueError: if the tensors do not fit this detector's layers, steps or widths.
@@ -194,7 +194,7 @@ class FastFlow(FlowDetector):
         flow = self.model.flow[-1]
         if any(".norm" in f".{name}" and "feature_extractor" not in name for name in state_dict):
             msg = (
-                "these weights have layer norms that are bound to an image size: only flows on transformers, which "
+                "these weights have layer norms that are tied to one image size: only flows on transformers, which "
                 "have none, can be loaded"
             )
             raise ValueError(msg)
@@ -206,8 +206,8 @@ class FastFlow(FlowDetector):
         own = {name: tensor.shape for name, tensor in flow.state_dict().items()}
         if {name: tensor.shape for name, tensor in renamed.items()} != own:
             msg = (
-                f"the {len(renamed)} tensors of these weights do not fit this detector's flow of {len(own)}: give the "
-                "layers, num_steps, kernel_sizes and hidden_ratio that it was trained with"
+                f"the {len(renamed)} tensors of these weights do not fit this detector's flow of {len(own)}: use the "
+                "layers, num_steps, kernel_sizes and hidden_ratio that they were trained with"
             )
             raise ValueError(msg)
         flow.load_state_dict(renamed)

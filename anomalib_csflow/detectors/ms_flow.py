@@ -5,13 +5,13 @@ for Unsupervised Anomaly Detection", IEEE TNNLS 2024, https://arxiv.org/abs/2308
 
 Differs from the published code:
 
-- likelihoods are absolute: the published maps subtract each image's own maximum, so that the scores of two
-  images, or of a map's cells in two images, cannot be compared;
+- likelihoods are absolute: the published maps subtract each image's own maximum, so that neither scores nor
+  map values of two images can be compared;
 - the map is -log of the mean over layers of these likelihoods, the score -log of the mean of the least 3 % of
-  their product: both order as the published sum and 1 - mean do, but do not round to 1 in float32;
-- the loss is per dimension and not a sum over 10^6 of them, so the bound of the gradient's norm is that of a
-  mean: it catches steps that diverge and does not shorten every step;
-- log-scales of the fusion are 0.636 c atan(s / c), as in CS-Flow, and not 0.636 c atan(s);
+  their product: both rank as the published sum and 1 - mean do, without rounding to 1 in float32;
+- the loss is per dimension, not a sum over 10^6 dimensions, so the limit of the gradient's norm applies to a
+  mean: it catches diverging steps instead of shortening every step;
+- log-scales of the fusion are 0.636 c atan(s / c), as in CS-Flow, instead of 0.636 c atan(s);
 - permutations are seeded; any backbone, layers and image size.
 """
 
@@ -43,7 +43,7 @@ from anomalib_csflow.flows import (
 
 
 class HalvedLayers(LayerPyramid):
-    """Several layers of one backbone, each averaged over 3x3 cells at every second cell.
+    """Several layers of one backbone, each averaged over 3x3 positions with stride 2.
 
     Args:
         backbone: with layers from fine to coarse, each with twice the stride of the one before.
@@ -59,8 +59,8 @@ class HalvedLayers(LayerPyramid):
         super().__init__(backbone)
         if any(coarser != 2 * finer for finer, coarser in zip(self.strides[:-1], self.strides[1:], strict=True)):
             msg = (
-                f"the layers {backbone.layers} have strides {self.strides}, and MSFlow fuses maps that halve: name "
-                "layers of which each has twice the stride of the one before"
+                f"the layers {backbone.layers} have strides {self.strides}, but MSFlow fuses maps that halve: name "
+                "layers that each have twice the stride of the one before"
             )
             raise ValueError(msg)
         self.strides = [2 * stride for stride in self.strides]
@@ -73,7 +73,7 @@ class HalvedLayers(LayerPyramid):
 
 
 class MSFlowModel(FlowModel):
-    """The network of MSFlow: several layers of a backbone, a flow of each, one coupling of all.
+    """The network of MSFlow: several layers of a backbone, a flow for each, one coupling for all.
 
     Args:
         features: images to the layers' maps.
@@ -81,7 +81,7 @@ class MSFlowModel(FlowModel):
         condition_channels: of the positional encoding.
         clamp: bound of all log-scales.
         standardize: begin with a layer that standardizes each channel.
-        top_share: share of the cells, those least likely, of which the image score is taken.
+        top_share: share of the map's positions, the least likely ones, that the image score is computed from.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class MSFlowModel(FlowModel):
         standardize: bool,
         top_share: float,
     ) -> None:
-        side = 2 ** len(features.channels)  # only the channels count
+        side = 2 ** len(features.channels)  # only the channels matter
         dims = [(channels, side >> level, side >> level) for level, channels in enumerate(features.channels)]
         layers = [
             ParallelFlow(
@@ -109,9 +109,9 @@ class MSFlowModel(FlowModel):
         self.top_share = top_share
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Of relative likelihoods ``exp(-1/2 mean_c z^2)``: minus the logarithms of means.
+        """Minus the logarithms of mean relative likelihoods ``exp(-1/2 mean_c z^2)``.
 
-        The map's is over layers. The score's is of their product, over the cells where it is least.
+        For the map, the mean over layers; for the score, the mean of the layers' product over its least positions.
         """
         energies = [0.5 * level.square().mean(1, keepdim=True) for level in latents]
         maps = scoring.upsampled(energies, size, align_corners=True)
@@ -122,39 +122,39 @@ class MSFlowModel(FlowModel):
 
 
 class MSFlow(FlowDetector):
-    """MSFlow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+    """MSFlow in anomalib. The defaults are the paper's; the recipe ``ms_flow_small`` is for a CPU.
 
-    Each layer has twice the stride of the one before, and a number of blocks of its own. The published results have 512
+    Each layer has twice the stride of the one before, and its own number of blocks. The published results have 512
     pixels, and 256 for transistor; ``standardize`` is not in the paper.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layers: of the backbone, whose maps are used, from fine to coarse.
+        layers: names of the backbone's layers whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_blocks: number of the flow's blocks, or of each layer's flow.
         condition_channels: of the positional encoding, a multiple of 4.
         clamp: bound of the log-scales.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
-        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
-            unusual alone.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
+        top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
+            only the most unusual position.
         lr: Adam's learning rate.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone, layer or schedule, layers that do not halve, or an image too small.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> import torch
@@ -192,7 +192,7 @@ class MSFlow(FlowDetector):
         visualizer: Visualizer | bool = True,
     ) -> None:
         if len(num_blocks) != len(layers):
-            msg = f"give num_blocks of each layer: got {list(num_blocks)} for {list(layers)}"
+            msg = f"num_blocks needs one number per layer: got {list(num_blocks)} for {list(layers)}"
             raise ValueError(msg)
         scoring.check_top_share(top_share)
 

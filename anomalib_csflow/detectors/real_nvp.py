@@ -1,14 +1,14 @@
 """RealNVP on pooled features: the density of a backbone's embedding, instead of the pixels'.
 
 Polina Kirichenko, Pavel Izmailov, Andrew Gordon Wilson, "Why Normalizing Flows Fail to Detect
-Out-of-Distribution Data", NeurIPS 2020, https://arxiv.org/abs/2006.08545, section 8: a flow of pixels
-rates foreign images as likely as its own, a flow of embeddings does not. The pixels' flow is
+Out-of-Distribution Data", NeurIPS 2020, https://arxiv.org/abs/2006.08545, section 8: a flow on pixels rates
+images of other data sets as likely as its own, a flow on embeddings does not. The flow on pixels is
 :class:`anomalib_csflow.flows.PixelFlow`; ``notebooks/real_nvp.ipynb`` shows both.
 
 Differs from the published code:
 
-- width and depth of the perceptrons, learning rate and number of epochs are ours: it names none for embeddings;
-- the embeddings are of the images at hand, at the backbone's own image size, and not of CIFAR-10's;
+- width and depth of the perceptrons, learning rate and number of epochs are ours: it has none for embeddings;
+- the embeddings are those of the user's images at the backbone's own image size, not of CIFAR-10's images;
 - weight decay on all of the flow's parameters; the rescaling has no weight norm;
 - any backbone, layer and image size.
 """
@@ -53,50 +53,50 @@ class RealNVPModel(FlowModel):
         super().__init__(features, PyramidFlow(layers))
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
-        """From features to their negative log-likelihood in nats per feature, which takes the log-det too; no map."""
+        """Negative log-likelihood in nats per feature, from features, because it needs the log-det too; no map."""
         del size
         latents, log_det = self.transform(features)
         return InferenceBatch(pred_score=scoring.nll(latents, log_det) / scoring.num_dims(latents))
 
 
 class RealNVP(FlowDetector):
-    """RealNVP on pooled features in anomalib, an image-level detector; ``configs/`` has a recipe for a CPU.
+    """RealNVP on pooled features in anomalib, an image-level detector; the recipe ``real_nvp_small`` is for a CPU.
 
     ``forward``, and so every exported model, gives the image score: the exact negative log-likelihood of
-    the image's embedding, in nats per feature. There is no anomaly map, in the engine neither: the
-    average over the image has no places.
+    the image's embedding, in nats per feature. There is no anomaly map, in the engine either: averaging over
+    the image discards positions.
 
-    The backbone is the paper's EfficientNet-B4, of which ``bn2`` is the last layer (1792 channels), and the number of
-    couplings, which transform the halves in turn, the published code's default. For embeddings it publishes neither the
+    The backbone is the paper's EfficientNet-B4, whose last layer is ``bn2`` (1792 channels). The number of couplings,
+    which transform the halves in turn, is the published code's default. For embeddings, that code has neither the
     perceptrons' widths nor the learning rate; ``standardize`` is not in the paper.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layer: of the backbone, whose maps are used.
+        layer: name of the backbone's layer whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_blocks: number of the flow's blocks, or of each layer's flow.
         hidden_channels: width of the couplings' networks.
         num_hidden: hidden layers of the couplings' networks.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
         lr: Adam's learning rate.
         weight_decay: Adam's.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone or layer, no couplings, or an image too small for the backbone.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> import torch

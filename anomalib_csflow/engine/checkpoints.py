@@ -1,4 +1,4 @@
-"""Checkpoints without the frozen backbone, that say whose they are before anything is built."""
+"""Checkpoints without the frozen backbone, which name their detector, so that a wrong one is refused early."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,16 +61,16 @@ def model_of(path: str | Path) -> dict[str, Any]:
 
 
 class LeanCheckpoints(LightningModule):
-    """What a detector's checkpoint holds: the flow, the thresholds, and whose they are.
+    """Checkpoints of a detector: the flow, the thresholds, the detector's name and its arguments.
 
-    The frozen backbone is left out where its weights can be had again: a digest tells whether they are
-    the same. So are the evaluator's tensors: metrics with buffers would else fail to load.
+    The frozen backbone is left out if its weights can be loaded again; a digest tells whether they are the
+    same. The evaluator's tensors are left out too, because metrics with buffers would fail to load.
 
     Attributes:
-        output_arguments: the detector's own arguments that change what it gives for an image. They must be the
-            checkpoint's, as must the backbone, its weights and :class:`~.images.ImageOptions`' others.
-        free_arguments: its own that may differ. So may all of :class:`~.optimization.TrainingOptions`.
-        keep_backbone: whether checkpoints hold the backbone, since no source of weights has it.
+        output_arguments: the detector's own arguments that change its scores or maps. They must be the same in the
+            checkpoint, and so must the backbone, its weights and the rest of :class:`~.images.ImageOptions`.
+        free_arguments: the detector's own arguments that may differ, as may :class:`~.optimization.TrainingOptions`.
+        keep_backbone: whether checkpoints contain the backbone, because its weights cannot be loaded from elsewhere.
     """
 
     output_arguments: ClassVar[tuple[str, ...]]
@@ -82,20 +82,20 @@ class LeanCheckpoints(LightningModule):
 
     @property
     def output_values(self) -> dict[str, object]:
-        """Values of all arguments that change what the detector gives for an image, by name."""
+        """Values of all arguments that change scores or maps, by name."""
         images = self.image_options
         values = {"backbone": images.backbone, "image_size": images.size, "antialias": images.antialias}
         values |= {name: self.hparams[name] for name in self.output_arguments if name in self.hparams}
         return {name: _plain(value) for name, value in values.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what can be had again: the frozen backbone, and the metrics' states."""
+        """Leave out what can be restored from elsewhere: the frozen backbone, and the metrics' states."""
         super().on_save_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
         left_out = (EVALUATOR,) if self.keep_backbone else (EVALUATOR, BACKBONE)
         for key in [key for key in state if key.startswith(left_out)]:
             del state[key]
-        # the evaluator is a callback too, and its state there is the same tensors
+        # the evaluator is also a callback, whose state contains the same tensors
         for key in [key for key in checkpoint.get("callbacks", {}) if key.startswith("Evaluator")]:
             del checkpoint["callbacks"][key]
         checkpoint[CHECKPOINT_KEY] = {
@@ -105,7 +105,7 @@ class LeanCheckpoints(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is this detector's, and put back what was left out."""
+        """Check that the checkpoint belongs to this detector, and put back what was left out."""
         self._check_checkpoint(checkpoint)
         self._check_arguments(checkpoint[CHECKPOINT_KEY])
         state = checkpoint["state_dict"]
@@ -124,17 +124,17 @@ class LeanCheckpoints(LightningModule):
 
     def _check_arguments(self, written: dict[str, Any]) -> None:
         """Raise CheckpointError if the checkpoint's detector would give other scores or maps."""
-        # not the checkpoint's hyperparameters: Lightning puts the caller's arguments over them before it asks us
+        # not the checkpoint's hyperparameters: Lightning has already replaced them with the caller's arguments
         theirs = written.get("arguments") or {
             name: _plain(value)
-            for name, value in written["structure"].items()  # as older ones have it, whose None stood for a default
+            for name, value in written["structure"].items()  # in older checkpoints, where None stood for a default
             if value is not None
         }
         for name, ours in self.output_values.items():
             if name in theirs and theirs[name] != ours:
                 msg = (
                     f"the checkpoint was trained with {name}={theirs[name]!r}, this detector has {ours!r}: "
-                    "build it alike"
+                    "create it with the same value"
                 )
                 raise CheckpointError(msg)
 
@@ -161,5 +161,5 @@ class LeanCheckpoints(LightningModule):
 
 
 def _plain(value: object) -> object:
-    """A value as it is compared: checkpoints have lists where a constructor may be given tuples."""
+    """A value in comparable form: checkpoints have lists where a constructor may be given tuples."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The frozen backbone in OpenVINO: torch's features, to a few parts in 10^6, in a third of its time on a processor."""
+"""The frozen backbone in OpenVINO: torch's features to a few parts in 10^6, in a third of torch's time on a CPU."""
 
 import warnings
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.flows.pyramid import Pyramid
 
 LEAST_IMAGES = 100
-"""Fewer images are computed in torch: converting the backbone takes about 2 s, as long as 100 images save."""
+"""Features of fewer images are computed in torch: converting the backbone takes about 2 s, which 100 images save."""
 
 TOLERANCE = 1e-3
-"""Largest relative difference to torch's features with which OpenVINO is used; usual are 1e-6 to 1e-5."""
+"""Largest relative difference from torch's features with which OpenVINO is used; 1e-6 to 1e-5 is usual."""
 
 
 class CompiledFeatures:
-    """A frozen backbone that OpenVINO computes in float32; torch does where it cannot.
+    """A frozen backbone that OpenVINO computes in float32, or torch where OpenVINO cannot.
 
-    It is converted at the first batch of each image size, when weights from a checkpoint are in place, and compared
+    It is converted at the first batch of each image size, after weights were loaded from a checkpoint, and compared
     with torch on that batch's first image.
 
     Args:
@@ -35,7 +35,7 @@ class CompiledFeatures:
         self._compiled: dict[tuple[int, int], Any] = {}
 
     def __call__(self, images: Tensor) -> Pyramid:
-        """Maps ``(N, C, H, W)`` of pre-processed images ``(N, 3, H, W)``, or one of vectors, as the backbone's own."""
+        """The backbone's maps ``(N, C, H, W)``, or its vectors, of pre-processed images ``(N, 3, H, W)``."""
         size = (images.shape[2], images.shape[3])
         if size not in self._compiled:
             self._compiled[size] = self._compile(images[:1])
@@ -43,23 +43,23 @@ class CompiledFeatures:
         return self.features(images) if model is None else _run(model, images)
 
     def _compile(self, image: Tensor) -> Any:
-        """A compiled model for images of this size and any number of them; None where torch must compute."""
+        """A compiled model for any number of images of this size; None if torch must compute."""
         import openvino  # noqa: PLC0415 (optional)
 
-        expected = self.features(image)  # also raises its own errors: an image of a wrong size
+        expected = self.features(image)  # also raises the backbone's errors, such as for a wrong image size
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the size is traced as a constant, which it is
+                warnings.simplefilter("ignore")  # a warning that the size becomes a constant, as intended
                 model = openvino.convert_model(self.features, example_input=image, input=[-1, *image.shape[1:]])
             settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
             compiled = openvino.Core().compile_model(model, "CPU", settings)
             pairs = zip(_run(compiled, image), expected, strict=True)
             difference = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
-        except Exception as error:  # whatever it is, torch computes the same
+        except Exception as error:  # whatever it is, torch can compute the features
             rank_zero_info(f"Torch computes the features: OpenVINO cannot convert the backbone ({error}).")
             return None
         if not difference <= TOLERANCE:
-            rank_zero_info(f"Torch computes the features: OpenVINO's differ by {difference:.1e} of their size.")
+            rank_zero_info(f"Torch computes the features: OpenVINO's have a relative difference of {difference:.1e}.")
             return None
         return compiled
 
@@ -72,13 +72,13 @@ def _run(model: Any, images: Tensor) -> Pyramid:
 def compiled(
     features: FeaturePyramid, num_images: int, device: torch.device, precision: str
 ) -> CompiledFeatures | None:
-    """A backbone in OpenVINO where it is installed and faster than torch: on a CPU, for as many images as pay for it.
+    """A backbone in OpenVINO, if it is installed and faster than torch: on a CPU, for enough images; otherwise None.
 
     Args:
         features: the backbone in torch.
-        num_images: images to come.
+        num_images: number of images whose features will be computed.
         device: of the trainer.
-        precision: of the trainer; OpenVINO computes in float32 alone.
+        precision: of the trainer; OpenVINO is only used for float32.
     """
     pays = (
         num_images >= LEAST_IMAGES
@@ -91,6 +91,6 @@ def compiled(
 
 
 def computed_by(compute: Callable[[Tensor], Pyramid]) -> str:
-    """Library and version that compute features; those of two are not mixed in one cache."""
+    """Library and version that compute the features; a cache does not mix features of two libraries."""
     name = "openvino" if isinstance(compute, CompiledFeatures) else "torch"
     return f"{name} {version(name)}"

@@ -35,19 +35,19 @@ from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 
 
 class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, AnomalibModule, ABC):
-    """What every detector of this package does in anomalib's engine.
+    """What all detectors of this package do in anomalib's engine.
 
-    It stands between ``AnomalibModule`` and the detectors so that anomalib's own lookup by short name
-    (direct subclasses only) never finds a detector of ours in place of one of its own.
+    It stands between ``AnomalibModule`` and the detectors, because anomalib looks up short names among direct
+    subclasses only, and must not find a detector of ours instead of one of its own.
 
     Args:
         build: makes the network around a backbone; called once.
-        image_options: what the backbone is, and what it sees of an image.
+        image_options: the backbone, and how images are pre-processed for it.
         training_options: how the flow is trained.
         pre_processor, post_processor, evaluator, visualizer: anomalib's components, or True for the defaults.
 
-    A subclass declares in ``output_arguments`` and ``free_arguments`` which others of its arguments must be those of a
-    checkpoint that it loads, and which may differ.
+    A subclass declares in ``output_arguments`` which of its other arguments must be the same in a checkpoint that it
+    loads, and in ``free_arguments`` which may differ.
     """
 
     model: FlowModel
@@ -65,7 +65,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.keep_backbone = image_options.weights == "random"  # which can be had nowhere again
+        self.keep_backbone = image_options.weights == "random"  # which cannot be loaded again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
         if self.input_size is not None:
             self.model.features.check_size(*self.input_size)
@@ -76,13 +76,13 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
             raise ValueError(msg)
 
     def save_hyperparameters(self, *args: Any, ignore: Sequence[str] | str | None = None, **kwargs: Any) -> None:
-        """Save the arguments that a detector is given, and not what it makes of them for this class."""
+        """Save the arguments of a detector, but not what it makes of them for this class."""
         ignored = [ignore] if isinstance(ignore, str) else [*(ignore or ())]
-        frame = inspect.currentframe()  # the host looks for arguments in its caller's
+        frame = inspect.currentframe()  # Lightning looks for the arguments in its caller's frame
         kwargs.setdefault("frame", frame and frame.f_back)
         super().save_hyperparameters(*args, ignore=[*ignored, "build", "image_options", "training_options"], **kwargs)
 
-    # -- what anomalib asks of a model ------------------------------------------------------------
+    # -- what anomalib requires of a model --------------------------------------------------------
 
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
@@ -93,16 +93,16 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         return self.checked(loss, batch)
 
     def features(self, batch: Batch[Any]) -> Pyramid:
-        """Features of a training batch's images, which are pre-processed already."""
+        """Features of a training batch of pre-processed images."""
         return self.provider.features(batch)
 
-    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares a module, and never reads it
-        """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension less its constant."""
+    def loss(self, features: Pyramid) -> Tensor:  # type: ignore[override] # anomalib declares an unused module
+        """Mean of ``1/2 ||z||^2 - log|det|`` per dimension: the nll per dimension without its constant."""
         latents, log_det = self.model.transform(features)
         return (scoring.energy(latents) - log_det).mean() / scoring.num_dims(latents)
 
     def evaluate(self, batch: Batch[Any]) -> InferenceBatch:
-        """Score a batch's images, in validation, test and prediction alike: what a method overrides to do it otherwise.
+        """Score a batch's images, in validation, test and prediction; a method with another way overrides it.
 
         Returns:
             Image scores ``(N,)``, and maps ``(N, 1, H, W)`` or none.
@@ -111,19 +111,19 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         return self.model.judge(self.provider.features(batch), (height, width))
 
     def validation_step(self, batch: Batch[Any], batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score a batch, of which anomalib's post-processor takes thresholds; the steps of test and prediction too."""
+        """Score a batch, for the post-processor to set thresholds; also the step of test and prediction."""
         del batch_idx, args, kwargs
         return batch.update(**self.evaluate(batch)._asdict())
 
     test_step = predict_step = validation_step
 
     def nll(self, images: Tensor, *, bits_per_dim: bool = False) -> Tensor:
-        """Exact negative log-likelihood of each image's features; the mean over its views, where a method has several.
+        """Exact negative log-likelihood of each image's features; the mean over its views, if the method uses several.
 
         Args:
-            images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as by ``forward`` and
+            images: ``(N, 3, H, W)`` in [0, 1], of any size: they are pre-processed as in ``forward`` and
                 in exported models.
-            bits_per_dim: give bits per dimension of the features instead of nats per image.
+            bits_per_dim: return bits per dimension of the features instead of nats per image.
 
         Returns:
             ``(N,)``.
@@ -135,15 +135,15 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
 
     @property
     def learning_type(self) -> LearningType:
-        """Good images only."""
+        """Training uses good images only."""
         return LearningType.ONE_CLASS
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """What the trainer must be given, whatever else it is asked for: so as little as possible.
+        """Settings that override the user's trainer, and so as few as possible.
 
-        No sanity steps, which would take thresholds from an untrained flow; and the number of epochs where the
-        detector has it, or has the number of steps, which are one epoch.
+        No sanity steps, because they would set thresholds from an untrained flow; and the number of epochs, if the
+        detector was given ``max_epochs``, or ``max_steps``, which are one epoch.
         """
         options = self.training_options
         max_epochs = options.max_epochs or (1 if options.max_steps else None)
@@ -154,11 +154,11 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     def configure_pre_processor(  # type: ignore[override] # anomalib's is static, but called on the instance
         self, image_size: tuple[int, int] | None = None
     ) -> PreProcessor:
-        """Resize to ``image_size`` and normalize with the statistics of the backbone's own training."""
+        """Resize to ``image_size`` and normalize with the mean and standard deviation of the backbone's training."""
         return self.image_options.pre_processor(image_size)
 
     def configure_post_processor(self) -> PostProcessor:
-        """Labels and masks with a promised rate of false alarms, from good images alone."""
+        """Labels and masks with a promised false-alarm rate, from good images only."""
         return ConformalPostProcessor()
 
     @staticmethod
@@ -166,7 +166,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         """Anomalib's default test metrics, and validation metrics that early stopping can monitor."""
         defaults = AnomalibModule.configure_evaluator()
         for metric in cast("list[AnomalibMetric]", list(defaults.test_metrics)):
-            metric.strict = False  # a detector that was not calibrated has scores and no labels
+            metric.strict = False  # a detector that was not calibrated has scores but no labels
         return Evaluator(
             val_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
@@ -184,18 +184,18 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
 
     @property
     def fixed_views(self) -> tuple[View, ...]:
-        """All that training sees of an image, where that is always the same; else none, and nothing can be kept."""
+        """All views of an image that training uses, if they are fixed; else empty, and features are not cached."""
         return (PLAIN,)
 
     @property
     def feature_cache(self) -> FeatureCache | None:
-        """The trainer's, if it has one."""
+        """The trainer's feature cache, if it has one."""
         callbacks = getattr(self._trainer, "callbacks", ())
         return next((callback for callback in callbacks if isinstance(callback, FeatureCache)), None)
 
     @property
     def compute(self) -> Callable[[Tensor], Pyramid]:
-        """Computes features of pre-processed images: the backbone, in OpenVINO where that is faster."""
+        """Computes features of pre-processed images with the backbone, in OpenVINO where that is faster."""
         return self.compiled or self.model.features
 
     @property
@@ -207,7 +207,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     # -- training ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Open the feature cache for a fit, and check the images of a stage before any long work."""
+        """Open the feature cache for a fit, and check a stage's images before any long work starts."""
         datamodule = getattr(self.trainer, "datamodule", None)
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         self._compile(sum(len(getattr(datamodule, name, None) or ()) for name in names))
@@ -225,13 +225,13 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     def on_predict_start(self) -> None:
         """Check the images to predict."""
         loaders = self.trainer.predict_dataloaders
-        loaders = loaders if isinstance(loaders, list) else [loaders]  # one alone if it came from a datamodule
+        loaders = loaders if isinstance(loaders, list) else [loaders]  # a single loader if it came from a datamodule
         files = [file for loader in loaders for file in image_files(getattr(loader, "dataset", None))]
         check_images(files)
         self._compile(len(files))
 
     def _compile(self, num_images: int) -> None:
-        """Let OpenVINO compute the features of a stage, if it has as many images as that takes."""
-        if self.compiled is None:  # a refit brings its detector's
+        """Let OpenVINO compute the features of a stage, if the stage has enough images."""
+        if self.compiled is None:  # a refit uses that of the detector
             device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
             self.compiled = compiled(self.model.features, num_images, device, precision)

@@ -1,4 +1,4 @@
-"""Exports: what anomalib's own miss for flows."""
+"""Exports: what anomalib's own exports lack for flows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
 
 CALIBRATION_IMAGES = 300
-"""Images that measure the ranges of activations for 8-bit models: what NNCF takes at most by default."""
+"""Number of images used to measure the ranges of activations for 8-bit models: NNCF's default maximum."""
 
 
 class FlowExports(ExportMixin, LightningModule):
@@ -31,18 +31,18 @@ class FlowExports(ExportMixin, LightningModule):
     ) -> Path:
         """Export to ONNX; see ``AnomalibModule.to_onnx``.
 
-        The default operator set is the one that torch's exporter writes: anomalib's default of 14 makes
-        it try a conversion down, which fails after a page of warnings and changes nothing.
+        The default operator set is the one that torch's exporter writes. With anomalib's default of 14, it would try
+        to convert the model down, and fail with a page of warnings.
         """
         kwargs.setdefault("opset_version", 18)
-        kwargs.setdefault("verbose", False)  # else the exporter lists its steps
+        kwargs.setdefault("verbose", False)  # otherwise the exporter prints every step
         with self._without_unknown_ranges():
             return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export the whole module; see ``AnomalibModule.to_torch``.
 
-        The exported flow is frozen: the inferencer does not switch gradients off, and would keep all
+        The exported flow is frozen, because the inferencer does not disable gradients and would keep all
         activations for them.
         """
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -56,9 +56,9 @@ class FlowExports(ExportMixin, LightningModule):
 
     @contextmanager
     def _without_unknown_ranges(self) -> Iterator[None]:
-        """Leave out a normalization that would do nothing, since no scores were seen to take its range from.
+        """Leave out the normalization of scores if no scores have been seen to set its range.
 
-        Its NaN constants stop OpenVINO from compiling 8-bit models.
+        It would do nothing, and its NaN constants would keep OpenVINO from compiling 8-bit models.
         """
         post_processor = self.post_processor
         if (
@@ -78,9 +78,9 @@ class FlowExports(ExportMixin, LightningModule):
     def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
         """Make an 8-bit model; overrides anomalib's step of this name.
 
-        anomalib calibrates with validation images, which users with good images alone do not have, and at the
-        sizes of the files, which a model of a fixed size does not take. This calibrates with training images.
-        Latents and scores stay in float: the range that good images give them would cut off the defects.
+        anomalib calibrates with validation images, which users who only have good images may not have, and at the
+        files' own sizes, which a model of a fixed size refuses. This calibrates with training images.
+        Latents and scores stay in float: ranges measured on good images would clip those of defects.
 
         Raises:
             ValueError: if there is no datamodule.
@@ -111,13 +111,13 @@ class FlowExports(ExportMixin, LightningModule):
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 FLOW = "model.flow."
-"""How the names of the flow's parameters begin, in torch and in the graphs that are exported from it."""
+"""Prefix of the names of the flow's parameters, in torch and in exported graphs."""
 
 
 def float_operations(model: Any) -> list[str]:
     """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
 
-    All but the products, and what feeds the backbone's: the activations and residual sums between them.
+    All except the products, and except what feeds the backbone's products: activations and residual sums between them.
     """
     quantized: set[str] = set()
     operations = model.get_ordered_ops()
@@ -127,7 +127,7 @@ def float_operations(model: Any) -> list[str]:
         is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
         if (operation.get_type_name() in PRODUCTS and not is_flow) or consumers & quantized:
             quantized.add(operation.get_friendly_name())
-    for operation in operations:  # what feeds the flow's products does not join: it becomes the latents
+    for operation in operations:  # but not what feeds the flow's products: that becomes the latents
         if operation.get_type_name() in PRODUCTS:
             quantized.add(operation.get_friendly_name())
     rest = (o for o in operations if o.get_type_name() not in {"Constant", "Parameter", "Result"})

@@ -1,4 +1,4 @@
-"""The feature cache in anomalib's engine: when it is safe, and which features are whose."""
+"""The feature cache in anomalib's engine: when it is safe, and which features belong to which image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -33,38 +33,38 @@ FIXED_TRANSFORMS = (
     v2.ToImage,
     v2.ToPureTensor,
 )
-"""Transforms that do the same to an image every time, and whose repr says all that they do."""
+"""Deterministic transforms whose repr describes them completely."""
 
 
 class FeatureCache(Callback):
-    """Computes the features of training and validation images once, and reads them back from then on.
+    """Computes the features of training and validation images once, and then reads them back.
 
-    The detectors bring one along. Give the trainer another to choose its settings, or to switch it off::
+    Every detector adds one to the trainer. Give the trainer another to choose its settings, or to switch it off::
 
         trainer:
           callbacks:
             - class_path: anomalib_csflow.FeatureCache
               init_args: {max_gb: 0}
 
-    It is used while fitting with one of anomalib's datamodules whose images are not changed at random; else it
-    says why not. Batches whose features are all known have images of a single NaN pixel: nothing was decoded.
+    It is used while fitting with one of anomalib's datamodules, if images are not changed at random; otherwise it logs
+    the reason. If all features of a batch are stored, its images are not decoded: they are a single NaN pixel.
 
     Args:
-        directory: where features are kept; else ``$ANOMALIB_CSFLOW_CACHE``, or the user's cache folder.
-        dtype: in which they are kept. With ``float32`` nothing changes but the time.
-        max_gb: bound of all that is kept there, in 10^9 bytes; 0 switches the cache off.
+        directory: where features are stored; by default ``$ANOMALIB_CSFLOW_CACHE``, or the user's cache folder.
+        dtype: in which they are stored; with ``float32``, results are the same as without a cache.
+        max_gb: size limit of the directory, in 10^9 bytes; 0 switches the cache off.
 
     Attributes:
-        opened: reads and writes features, during a fit in which that is safe; else None.
+        opened: reads and writes features during a fit, if that is safe; otherwise None.
 
     Raises:
-        ValueError: if max_gb is negative, or the dtype is none of the three.
+        ValueError: if max_gb is negative, or the dtype is not one of the three.
     """
 
     def __init__(self, directory: str | Path | None = None, dtype: Dtype = "float32", max_gb: float = 20) -> None:
         dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
         if dtype not in dtypes or max_gb < 0:
-            msg = f"the feature cache keeps one of {', '.join(dtypes)} and max_gb >= 0, got {dtype!r} and {max_gb}"
+            msg = f"the feature cache needs a dtype of {', '.join(dtypes)} and max_gb >= 0, got {dtype!r} and {max_gb}"
             raise ValueError(msg)
         self.directory = Path(directory).expanduser() if directory else default_directory()
         self.dtype = dtypes[dtype]
@@ -72,10 +72,10 @@ class FeatureCache(Callback):
         self.opened: CachedFeatures | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so where nobody will open the cache."""
+        """Log it if the model does not use the cache."""
         del trainer
         if stage == "fit" and self.max_gb > 0 and not isinstance(pl_module.model, FlowModel):
-            rank_zero_info(f"FeatureCache does nothing for {type(pl_module).__name__}: it is for flows on features.")
+            rank_zero_info(f"FeatureCache has no effect on {type(pl_module).__name__}: it needs a flow on features.")
 
     def open(
         self,
@@ -85,14 +85,14 @@ class FeatureCache(Callback):
         backbone: str,
         views: Sequence[View],
     ) -> None:
-        """Take over the data sets of a fit, if that is safe; a detector asks for it in its ``setup``.
+        """Take over the data sets of a fit, if that is safe; called by the detector's ``setup``.
 
         Args:
             trainer: with the detector and the datamodule.
             features: the frozen backbone.
-            compute: it, or what computes the same: asked for what is not there.
+            compute: computes features that are not stored: the backbone, or the same in OpenVINO.
             backbone: its name.
-            views: all that training needs of an image; none if it sees others in every step.
+            views: all views of an image that training uses; empty if they change from step to step.
         """
         datamodule: Any = getattr(trainer, "datamodule", None)
         if self.max_gb == 0 or datamodule is None:
@@ -106,9 +106,9 @@ class FeatureCache(Callback):
         for name in names:
             changing = next(changing_transforms([getattr(datamodule, name).augmentations, transform]), None)
             if changing is not None:
-                rank_zero_info(f"Features are computed in every epoch: {changing} may change images from time to time.")
+                rank_zero_info(f"Features are computed in every epoch: {changing} may change images at random.")
                 return
-        common = {  # all that features depend on beside the image and the augmentations
+        common = {  # everything that features depend on, apart from the image and the augmentations
             "backbone": backbone,
             "features": f"{type(features).__name__}({features.extra_repr()})",
             "weights": weights.fingerprint(features),
@@ -123,34 +123,34 @@ class FeatureCache(Callback):
             context = common | {"augmentations": repr(dataset.augmentations)}
             store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
             sets[name] = CachedSet(dataset, store, [view.name for view in views])
-            setattr(datamodule, name, sets[name])  # where anomalib's datamodules look whenever they make a loader
+            setattr(datamodule, name, sets[name])  # anomalib's datamodules read it whenever they make a loader
         self.opened = CachedFeatures(compute, transform, sets)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decode nothing if all features are there from an earlier run."""
+        """Skip decoding if all features are stored from an earlier fit."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decode nothing in this epoch if all features are there."""
+        """Skip decoding in this epoch if all features are stored."""
         del trainer, pl_module
         if self.opened and "train_data" in self.opened.sets:
             self.opened.sets["train_data"].look()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the data sets back, as they were."""
+        """Restore the original data sets."""
         del pl_module, stage
         for name, cached in self.opened.sets.items() if self.opened else ():
             setattr(trainer.datamodule, name, cached.dataset)  # type: ignore[attr-defined]
         self.opened = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the data sets back here too: Lightning leaves teardown out."""
+        """Restore the data sets here too, since Lightning does not call teardown then."""
         del exception
         self.teardown(trainer, pl_module, "fit")
 
 
 def changing_transforms(transforms: Sequence[Any]) -> Iterator[str]:
-    """Names of those among transforms, and of those within them, that are not known to be fixed."""
+    """Names of the transforms, nested ones included, that are not known to be deterministic."""
     for transform in transforms:
         if isinstance(transform, v2.Compose):
             yield from changing_transforms(transform.transforms)

@@ -1,4 +1,4 @@
-"""What a fit does around its steps: statistics before them, what scores need after them, a checkpoint at the end."""
+"""What a fit does around its steps: statistics before the first, measurements and a checkpoint after the last."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,11 +25,11 @@ from .post_processing import ConformalPostProcessor
 from .providers import CachedSet, FeatureProvider, RepeatedSet
 
 LEAST_SHRINKAGE = 0.1
-"""Of a whitening, in standard deviations of the channels; more where the training features have more noise."""
+"""Least shrinkage of a whitening, in standard deviations of the channels; more if the training noise is larger."""
 
 
 class FlowFitting(LightningModule):
-    """The course of a detector's fit: features once, steps, measurements, a checkpoint."""
+    """The course of a detector's fit: features computed once, steps, measurements, a checkpoint."""
 
     model: FlowModel
     training_options: TrainingOptions
@@ -49,16 +49,16 @@ class FlowFitting(LightningModule):
     # -- steps ------------------------------------------------------------------------------------
 
     def repeat_training_set(self) -> None:
-        """Make an epoch of ``max_steps`` batches, if the options have it; :meth:`teardown` undoes it."""
+        """Make an epoch of ``max_steps`` batches, if the option is set; :meth:`teardown` undoes it."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         steps = self.training_options.max_steps
         if steps and datamodule is not None:
             batches = steps * self.trainer.world_size * self.trainer.accumulate_grad_batches
             repeated = RepeatedSet(datamodule.train_data, batches * datamodule.train_batch_size)
-            datamodule.train_data = repeated  # where anomalib's datamodules look whenever they make a loader
+            datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 
     def teardown(self, stage: str) -> None:
-        """Give the data set back, as it was."""
+        """Restore the original data set."""
         del stage
         self.compiled = None
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -67,45 +67,45 @@ class FlowFitting(LightningModule):
             datamodule.train_data = data.dataset
 
     def on_exception(self, exception: BaseException) -> None:
-        """Give the data set back here too: Lightning leaves teardown out."""
+        """Restore the data set here too, since Lightning does not call teardown then."""
         del exception
         self.teardown("fit")
 
     def noisy(self, features: Pyramid) -> Pyramid:
-        """Training features with the noise that the options ask for."""
+        """Training features with the noise that the options set."""
         if not self._noise:
             return features
         layer = self.model.standardization
-        assert layer is not None  # noqa: S101 (checked when the detector was built)
+        assert layer is not None  # noqa: S101 (checked by the detector's constructor)
         scales = (self._noise * std.view(-1, *[1] * (x.ndim - 2)) for x, std in zip(features, layer.stds, strict=True))
         return tuple(x + torch.randn_like(x) * scale for x, scale in zip(features, scales, strict=True))
 
-    # -- before the first -------------------------------------------------------------------------
+    # -- before the first step --------------------------------------------------------------------
 
     @torch.no_grad()
     def on_train_start(self) -> None:
-        """Measure the statistics of the training features, unless a checkpoint brought them."""
+        """Measure the statistics of the training features, unless they were loaded from a checkpoint."""
         data = getattr(self.trainer.train_dataloader, "dataset", ())
         images = data.dataset if isinstance(data, RepeatedSet) else data
         self._noise = self.training_options.noise_for(len(images))
         layer = self.model.standardization
         if layer is not None and not layer.is_fitted:
-            rank_zero_info("Measuring the statistics of the training images' features, once, before the first step.")
+            rank_zero_info("Measuring the mean and standard deviation of the training features before the first step.")
             if isinstance(layer, ChannelWhitening):
                 layer.fit(self.training_features(), max(self._noise, LEAST_SHRINKAGE), gather=self.gather)
             else:
                 layer.fit(self.training_features(), gather=self.gather)
         elif isinstance(data, RepeatedSet) and self.provider.keeps:
-            for _ in self.training_features():  # each image is computed once, and not decoded in every step
+            for _ in self.training_features():  # store the features now, so that no step has to decode images
                 pass
 
     @property
     def gather(self) -> Callable[[Tensor], Iterable[Tensor]] | None:
-        """A tensor of this process to those of all; None where there is but one process."""
+        """Collects a tensor from all processes; None if there is only one process."""
         return self.all_gather if self.trainer.world_size > 1 else None
 
     def training_features(self) -> Iterator[Pyramid]:
-        """Features of all training images, each once, in this process's share of batches."""
+        """Features of all training images, each once; of this process's share if there are several processes."""
         loader: Any = self.trainer.train_dataloader
         data = getattr(loader, "dataset", None)
         if isinstance(data, RepeatedSet):
@@ -118,13 +118,13 @@ class FlowFitting(LightningModule):
                 self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
             yield self.features(batch)
 
-    # -- after the last ---------------------------------------------------------------------------
+    # -- after the last step ----------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Measure of the trained flow what scores need; called before each validation and each checkpoint of a fit."""
+        """Measure what scores need of the trained flow; called before each validation and each checkpoint of a fit."""
 
     def on_validation_start(self) -> None:
-        """Measure what scores need, before thresholds are taken."""
+        """Measure what scores need, before thresholds are set."""
         self._measure_once()
 
     def on_train_epoch_end(self) -> None:
@@ -132,9 +132,9 @@ class FlowFitting(LightningModule):
         self._measure_once()
 
     def on_train_end(self) -> None:
-        """Calibrate, and write the checkpoint again; also if the last step has none yet, so that no fit ends without.
+        """Calibrate and write the checkpoint again; also if the last step has no checkpoint, so that every fit has one.
 
-        Where a monitored metric chose another step's checkpoint, that one stays, with the thresholds of its validation.
+        If a monitored metric chose the checkpoint of another step, that one stays, with its validation's thresholds.
         """
         self._measure_once()
         is_new = self.calibrate_out_of_fold() or self._saved_step != self.global_step
@@ -145,10 +145,10 @@ class FlowFitting(LightningModule):
             checkpoint.best_model_path = str(path)
 
     def calibrate_out_of_fold(self) -> bool:
-        """Take thresholds from refits, where the validation's good images are too few for the rate that is asked for.
+        """Set thresholds with refits, if there are too few good validation images for the requested rate.
 
         Returns:
-            Whether thresholds were taken.
+            Whether thresholds were set.
         """
         processor = self.post_processor
         if not isinstance(processor, ConformalPostProcessor) or processor.is_satisfied:
@@ -158,14 +158,14 @@ class FlowFitting(LightningModule):
             images = images.dataset
         reason = None
         if not isinstance(images, AnomalibDataset) or not self.provider.keeps:
-            reason = "the training images' features are not kept, so that refits would take as long as the fit"
+            reason = "the features of the training images are not cached, so each refit would take as long as the fit"
         elif self.trainer.world_size > 1:
-            reason = "several processes do not refit"
+            reason = "there are no refits with several processes"
         elif len(images) < LEAST_IMAGES:
             reason = f"{len(images)} training images are too few to refit on, which takes {LEAST_IMAGES} or more"
         if reason is not None:
             rank_zero_warn(
-                f"Thresholds come from {processor.num_good} good validation images alone, which is too few for "
+                f"Thresholds come from {processor.num_good} good validation images only, which is too few for "
                 f"false_alarm_rate={processor.false_alarm_rate}: {reason}."
             )
             return False
@@ -179,6 +179,6 @@ class FlowFitting(LightningModule):
             self.measure()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember that the flow as it is now was saved."""
+        """Remember the step of the last checkpoint."""
         super().on_save_checkpoint(checkpoint)
         self._saved_step = self.global_step

@@ -1,4 +1,4 @@
-"""Out-of-fold scores: what a detector says of good images that it was not fitted on, when there are few to hold out."""
+"""Out-of-fold scores: scores of good images that a detector was not fitted on, when few can be held out."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .detector import FlowDetector
 
 LEAST_IMAGES = 6
-"""Fewer good images than this cannot be refitted on: a fold would leave fewer than four."""
+"""Least number of good images for refits: with fewer, a fold would leave fewer than four to fit on."""
 
 
 class _Fold(LightningDataModule):
-    """The good images of all folds but one to fit on, and of that one to score."""
+    """The good images of all folds except one for fitting, and those of that one for scoring."""
 
     def __init__(self, fitted: AnomalibDataset, scored: AnomalibDataset, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -43,36 +43,36 @@ class _Fold(LightningDataModule):
 
 
 class _Scores(Callback):
-    """Collects the raw scores of what is validated."""
+    """Collects the raw scores of validated images."""
 
     def __init__(self) -> None:
         self.images = GoodImages()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Collect a batch's."""
+        """Collect the scores of a batch."""
         del trainer, pl_module, args
         self.images.add(outputs)
 
 
 def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> tuple[Tensor, Tensor | None]:
-    """Refit a detector on all folds but one, and score that one's images; for each fold.
+    """For each fold, refit a detector on the images of all other folds, and score those of the fold.
 
-    The refits see the same features, steps and settings as the detector's own fit did, which is over.
+    The refits use the same features, steps and settings as the detector's own fit, which has ended.
 
     Args:
         detector: fitted, with its trainer.
-        images: good ones, on which it was fitted.
-        num_folds: of equal size.
+        images: the good images that it was fitted on.
+        num_folds: number of folds, of equal size.
 
     Returns:
-        Raw scores ``(n,)`` and maxima of the maps ``(n,)``, None without maps; in no order that means anything.
+        Raw scores ``(n,)`` and maxima of the maps ``(n,)`` (None without maps), in arbitrary order.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     collector = _Scores()
     loader: Any = detector.trainer.train_dataloader
     rank_zero_info(
-        f"Taking thresholds from {num_folds} refits, each scoring a share of the {len(images)} training images that it "
-        "was not fitted on: too few good images were held out for the false-alarm rate. The detector stays as it is."
+        f"Taking thresholds from {num_folds} refits, since too few good images were held out for the false-alarm rate: "
+        f"each scores the part of the {len(images)} training images that it was not fitted on. The detector is kept."
     )
     with torch.random.fork_rng():
         for fold in range(num_folds):
@@ -88,7 +88,7 @@ def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
 
 
 def _refit(detector: "FlowDetector", data: _Fold, collector: _Scores) -> None:
-    """Fit a detector of the same arguments and backbone, as long as the given one was fitted."""
+    """Fit a detector with the same arguments and backbone, for as long as the given one was fitted."""
     arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
     refitted = type(detector)(**arguments, **COMPONENTS | {"pre_processor": detector.pre_processor or False})
     refitted.model.features.load_state_dict(detector.model.features.state_dict())

@@ -1,4 +1,4 @@
-"""What good images leave in a detector: their scores, and the scale that is calibrated on them."""
+"""Scores of good images, and the scale that is calibrated on them, as parts of a detector."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ NAN = float("nan")
 
 
 class GoodScale(nn.Module):
-    """:class:`~anomalib_csflow.calibration.Scale` as a part of a graph, with the values of good images behind it.
+    """:class:`~anomalib_csflow.calibration.Scale` as part of a graph, with the good images' values that it comes from.
 
     Attributes:
-        good: ``(n,)``, raw values of the good images that were calibrated on; none before, and of any number after.
+        good: ``(n,)``, raw values of the good images used for calibration; empty before.
         threshold: raw value that is mapped to 0.5.
-        width: distance in raw values that is the scale's unit.
+        width: the scale's unit, a distance in raw values.
     """
 
     good: Tensor
@@ -32,28 +32,28 @@ class GoodScale(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether there is a scale."""
+        """Whether a scale has been set."""
         return self.good.numel() > 0
 
     def calibrate(self, scale: Scale | None, good: Tensor | None) -> None:
-        """Take a scale and the values ``(n,)`` that it was made of; or None, and none."""
+        """Set a scale and the values ``(n,)`` that it was made from; or None and None to remove it."""
         self.good = torch.empty(0, device=self.good.device) if good is None else good.to(self.good.device)
         self.threshold.fill_(NAN if scale is None else scale.threshold)
         self.width.fill_(NAN if scale is None else scale.width)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Calibrated values, within (0, 1) and 0.5 at the threshold, of raw ones of any shape."""
+        """Calibrated values, within (0, 1) and 0.5 at the threshold, from raw values of any shape."""
         unit = (raw - self.threshold) / self.width
         log = unit.abs().log1p()
         return 0.5 + 0.5 * unit.sign() * (log / (1 + log))
 
     def raw(self, calibrated: Tensor) -> Tensor:
-        """Raw values, in float64, of calibrated ones of any shape."""
+        """Raw values, in float64, from calibrated values of any shape."""
         scale = Scale(self.threshold.item(), self.width.item())
         return torch.from_numpy(scale.raw(calibrated.detach().cpu().numpy()))
 
     def p_values(self, calibrated: Tensor) -> Tensor:
-        """Share of good images that are as unusual: ``p = (1 + #{good >= value}) / (n + 1)``.
+        """Share of good images that are at least as unusual: ``p = (1 + #{good >= value}) / (n + 1)``.
 
         Args:
             calibrated: of any shape.
@@ -66,7 +66,7 @@ class GoodScale(nn.Module):
         return (1 + ordered.numel() - below) / (ordered.numel() + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Make room for as many images as were calibrated on; none in a checkpoint that knows no scale."""
+        """Resize the buffer to the checkpoint's number of calibration images; 0 if the checkpoint has no scale."""
         if not any(key.startswith(prefix) for key in state_dict):
             self.calibrate(None, None)
             state_dict.update({f"{prefix}{name}": buffer for name, buffer in self.named_buffers()})
@@ -76,13 +76,13 @@ class GoodScale(nn.Module):
 
 
 class GoodImages:
-    """Collects the raw scores and the maxima of the maps of the good images among those that are validated."""
+    """Collects the raw scores and the maxima of the maps of all good validation images."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, float, float | None]] = []
 
     def add(self, batch: Batch[Any]) -> None:
-        """Take in a batch; without labels, all its images are good."""
+        """Add a batch; without labels, all its images count as good."""
         score = image_scores(batch.pred_score, batch.anomaly_map).detach().float().tolist()
         maps = batch.anomaly_map
         maxima = [None] * len(score) if maps is None else maps.detach().float().flatten(1).amax(1).tolist()
@@ -93,12 +93,12 @@ class GoodImages:
         self._seen += [(path, value, maximum) for path, value, maximum, is_defective in images if not is_defective]
 
     def take(self, world_size: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Give scores ``(n,)`` and maxima ``(n,)``, None without maps, of all processes, and forget them."""
+        """Return scores ``(n,)`` and maxima ``(n,)`` (None without maps) of all processes, and forget them."""
         seen, self._seen = self._seen, []
         if world_size > 1:
             parts: list[list[tuple[str, float, float | None]]] = [[] for _ in range(world_size)]
             torch.distributed.all_gather_object(parts, seen)
-            # a sampler gives some images to two processes, so that all have as many
+            # a sampler gives some images to two processes, so that all have the same number
             images = [image for part in parts for image in part]
             seen = [*{image[0] or index: image for index, image in enumerate(images)}.values()]
         maxima = [maximum for _, _, maximum in seen if maximum is not None]
@@ -106,7 +106,7 @@ class GoodImages:
 
 
 def image_scores(score: Tensor | None, anomaly_map: Tensor | None) -> Tensor:
-    """Scores ``(N,)``; of a detector without any, the maxima of its maps.
+    """Scores ``(N,)``, or the maxima of the maps if a detector has no scores.
 
     Raises:
         ValueError: if there is neither.

@@ -1,4 +1,4 @@
-"""What the network sees of images, and checks of those on disk, before any long work begins."""
+"""How images are pre-processed for the backbone, and checks of image files before any long work starts."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +13,21 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_csflow.features import weights
 
-MANY = 500  # files whose check takes seconds, and so shows its progress
-WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # what anomalib's reader clips at 255
+MANY = 500  # from this number of files on, the check takes seconds and shows its progress
+WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # modes that anomalib's reader clips at 255
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Those of a detector's arguments that say what its backbone is, and what that sees of an image.
+    """Those of a detector's arguments that define its backbone and the pre-processing of images for it.
 
-    anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made from them.
+    anomalib rebuilds a model from its checkpoint with the default pre-processor, which is made from these.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
         weights: the backbone's, see :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing.
+        antialias: whether to resize with antialiasing.
     """
 
     backbone: str
@@ -41,7 +41,7 @@ class ImageOptions:
         return [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
 
     def pre_processor(self, size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize to ``size``, else to their own, and normalize with the statistics of the backbone's training.
+        """Resize to ``size`` (default: ``image_size``), and normalize with the backbone's mean and standard deviation.
 
         Raises:
             ValueError: on an unknown backbone, or a size that is not positive.
@@ -56,11 +56,11 @@ class ImageOptions:
 
 
 class UnreadableImageError(OSError):
-    """An image file is missing, empty, truncated, not an image, or one that would be read as blank."""
+    """An image file is missing, empty, truncated, not an image, or would be read as blank."""
 
 
 def image_files(dataset: Dataset[object] | None) -> Iterator[str]:
-    """Image and mask files of one of anomalib's data sets; none of those that are not of still images."""
+    """Image and mask files of an anomalib data set; files that are not still images are left out."""
     suffixes = Image.registered_extensions()
     samples = getattr(dataset, "samples", None)  # a table in data sets; PredictDataset has a list instead
     columns = [samples[name] for name in ("image_path", "mask_path") if name in samples] if samples is not None else []
@@ -69,9 +69,9 @@ def image_files(dataset: Dataset[object] | None) -> Iterator[str]:
 
 
 def check_images(paths: Sequence[str | Path]) -> None:
-    """Decode every image once, so that a broken one is found before the training and not in it.
+    """Decode every image once, so that a broken one is found before the training starts.
 
-    JPEGs are decoded at an eighth of their size, which reads the whole file all the same.
+    JPEGs are decoded at 1/8 of their size, which still reads the whole file.
 
     Args:
         paths: of the images.
@@ -79,7 +79,7 @@ def check_images(paths: Sequence[str | Path]) -> None:
     Raises:
         UnreadableImageError: names the first file that cannot be read.
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter
+    with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter lock
         checks = pool.map(_check_image, paths)
         for _ in track(checks, "Checking images", len(paths), transient=True, disable=len(paths) < MANY):
             pass
@@ -92,11 +92,11 @@ def _check_image(path: str | Path) -> None:
             image.load()
             brightest = image.getextrema()[1] if image.mode in WIDE_MODES else 0
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        msg = f"cannot read the image {path} ({error}): repair it or take it out of the folder"
+        msg = f"cannot read the image {path} ({error}): repair it or remove it from the folder"
         raise UnreadableImageError(msg) from error
     if isinstance(brightest, (int, float)) and brightest > 255:
         msg = (
-            f"the image {path} has values up to {brightest:g}, and anomalib reads all above 255 as white: "
+            f"the image {path} has values up to {brightest:g}, and anomalib reads all values above 255 as white: "
             "scale it to 8 bits per channel"
         )
         raise UnreadableImageError(msg)

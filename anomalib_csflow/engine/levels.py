@@ -1,4 +1,4 @@
-"""Levels on one scale: in standard deviations of good images'."""
+"""Levels on one scale: maps in standard deviations of the good images' maps."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,13 +10,13 @@ from anomalib_csflow.flows.running_statistics import RunningStatistics
 
 
 class LevelScale(nn.Module):
-    r"""Put each level's map into good images' standard deviations: :math:`(m_i - \mu_i) / \sigma_i`.
+    r"""Express each level's map in standard deviations of good images: :math:`(m_i - \mu_i) / \sigma_i`.
 
-    Maps of different levels have different spreads; fused as they are, the widest would hide the others. The
-    statistics are buffers, which checkpoints and exported models hold; until :meth:`fit` the maps stay as they are.
+    Maps of different levels have different spreads; fused without this, the widest would hide the others. The
+    statistics are buffers, part of checkpoints and exported models; until :meth:`fit` the maps do not change.
 
     Args:
-        num_levels: of the maps.
+        num_levels: number of maps.
 
     Shape:
         maps ``(N, 1, H_i, W_i)`` to maps of the same shapes.
@@ -44,7 +44,7 @@ class LevelScale(nn.Module):
 
         Args:
             maps: batches of good images' maps.
-            gather: a tensor of this process to those of all, where several have a share of the images each.
+            gather: collects a tensor from all processes, if several processes share the images.
 
         Raises:
             ValueError: if there are no maps.
@@ -56,7 +56,7 @@ class LevelScale(nn.Module):
         if gather is not None:
             seen = [RunningStatistics.merged(gather(statistics.state)) for statistics in seen]
         if not all(statistics.count for statistics in seen):
-            msg = "there are no good images to measure the levels' scale of"
+            msg = "there are no good images to measure the scale of the levels"
             raise ValueError(msg)
         self.mean.copy_(torch.cat([statistics.mean for statistics in seen]))
         self.std.copy_(torch.cat([statistics.variance.sqrt() for statistics in seen]).clamp(min=1e-6))

@@ -19,8 +19,8 @@ class FlowModel(nn.Module, ABC):
         features: images to a pyramid of features.
         flow: features to latents.
 
-    A method's score of the latents is its :meth:`score`; if it needs more than these, it overrides :meth:`judge`.
-    One that sees an image in several views overrides :meth:`views` and :meth:`per_image`.
+    A method defines its :meth:`score` of the latents; if the score needs more than latents, it overrides :meth:`judge`.
+    A method that sees an image in several views overrides :meth:`views` and :meth:`per_image`.
 
     Shape:
         images ``(N, 3, H, W)``, already normalized, to ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``.
@@ -32,20 +32,20 @@ class FlowModel(nn.Module, ABC):
         self.flow = flow
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images; a score depends on its own image alone."""
+        """Score images; a score only depends on its own image."""
         return self.judge(self.features(self.views(images)), (images.shape[2], images.shape[3]))
 
     def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
-        """From features to the image score and the map of this size."""
+        """Image score and map of the given size, from features."""
         latents, _ = self.transform(features, jac=False)
         return self.score(latents, size)
 
     def views(self, images: Tensor) -> Tensor:
-        """What of each image goes through the backbone: the image itself."""
+        """The views of each image that go through the backbone: by default, the image itself."""
         return images
 
     def per_image(self, values: Tensor) -> Tensor:
-        """One value per image of one value per view."""
+        """Reduce one value per view to one value per image."""
         return values
 
     def latents(self, images: Tensor, *, jac: bool = True) -> tuple[Pyramid, Tensor]:
@@ -62,7 +62,7 @@ class FlowModel(nn.Module, ABC):
         return self.per_image(scoring.nll(*self.latents(images)))
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """From latents to the image score ``(N,)`` and the map ``(N, 1, H, W)`` of this size, or none."""
+        """Image score ``(N,)`` and map ``(N, 1, H, W)`` of the given size (or None), from latents."""
         raise NotImplementedError
 
     @property
@@ -72,10 +72,10 @@ class FlowModel(nn.Module, ABC):
         return first if isinstance(first, (ChannelStandardization, ChannelWhitening)) else None
 
     def load_flow(self, converted: Mapping[str, Tensor]) -> None:
-        """Load a flow that was trained elsewhere, in this package's names and without a standardization.
+        """Load a flow trained elsewhere, whose tensors have this package's names and which has no standardization.
 
         Args:
-            converted: names of :class:`~anomalib_csflow.flows.PyramidFlow` to tensors, the first layer's index 0.
+            converted: tensors by their names in :class:`~anomalib_csflow.flows.PyramidFlow`; the first layer is 0.
 
         Raises:
             ValueError: if the tensors do not fit this flow's.
@@ -91,7 +91,7 @@ class FlowModel(nn.Module, ABC):
             msg = (
                 f"the reference weights have {len(renamed)} tensors, this detector's flow {len(own)}"
                 + (f", and {wrong[0]!r} does not fit" if wrong else "")
-                + ": give the number of blocks, the channels and the kernel sizes that it was trained with"
+                + ": use the number of blocks, channels and kernel sizes that the weights were trained with"
             )
             raise ValueError(msg)
         self.flow.load_state_dict(renamed, strict=False)

@@ -1,4 +1,4 @@
-"""How flows are trained: Adam, schedules of its learning rate by name, and a stop where a loss is not finite."""
+"""How flows are trained: Adam, learning-rate schedules by name, and a stop if a loss is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,32 +16,32 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from .model import FlowModel
 
 Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
-"""What the learning rate does over a training:
+"""How the learning rate changes during training:
 
 - ``constant``;
-- ``one_cycle``: up to ``lr`` and down to nearly nothing; Adam's first beta moves between 0.95 and 0.85;
+- ``one_cycle``: up to ``lr``, then down to nearly 0; Adam's first beta moves between 0.95 and 0.85;
 - ``warmup_cosine``: see :func:`warmup_cosine`;
 - ``warmup_steps``: see :func:`warmup_steps`.
 
-All but the first are laid out over the whole training: on resuming for more epochs they are stretched.
+All except the first are defined over the whole training, and are stretched when it is resumed for more epochs.
 """
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Noise = float | Literal["auto"]
 """Gaussian noise on the training features, in standard deviations of each channel.
 
-It keeps a flow from learning few images by heart. The density that is learnt, and whose exact likelihood is given, is
-that of the noisy features. ``auto`` is the square root of 20 over the number of training images, and at most 1.
+It keeps a flow from learning a few images by heart. The learned density, whose likelihoods are exact, is that of the
+noisy features. ``auto`` is the square root of 20 / n for n training images, but at most 1.
 """
 WARMUP_START = 0.1
-"""Share of the learning rate at which a warm-up begins, CFLOW-AD's and MSFlow's."""
+"""Share of the learning rate at which the warm-up of CFLOW-AD and MSFlow begins."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Those of a detector's arguments that say how its flow is trained; a checkpoint's may be others.
+    """Those of a detector's arguments that say how its flow is trained; they may differ from a checkpoint's.
 
     Raises:
-        ValueError: if there is no schedule of that name, or a number is out of its range.
+        ValueError: if there is no schedule of that name, or a number is out of range.
     """
 
     lr: float
@@ -67,12 +67,12 @@ class TrainingOptions:
             raise ValueError(msg)
 
     def noise_for(self, num_images: int) -> float:
-        """Standard deviation of the noise for so many training images, see :data:`Noise`."""
+        """Standard deviation of the noise for this number of training images, see :data:`Noise`."""
         return min(1.0, math.sqrt(20 / max(num_images, 1))) if self.noise == "auto" else float(self.noise)
 
 
 def warmup_cosine(progress: float) -> float:
-    """CFLOW-AD's: half a cosine down to a thousandth, linearly warmed up for 2 of 25 meta-epochs.
+    """CFLOW-AD's schedule: half a cosine down to 1/1000, with a linear warm-up during 2 of 25 meta-epochs.
 
     Args:
         progress: share of the training that is done, in [0, 1].
@@ -89,7 +89,7 @@ def warmup_cosine(progress: float) -> float:
 
 
 def warmup_steps(progress: float) -> float:
-    """MSFlow's: times 0.33 at 70 and again at 90 of 100 epochs, linearly warmed up for the first 12.
+    """MSFlow's schedule: times 0.33 at epoch 70 and again at 90 of 100, with a linear warm-up during the first 12.
 
     Args:
         progress: share of the training that is done, in [0, 1].
@@ -120,15 +120,15 @@ def adam(
     Args:
         parameters: to optimize.
         options: of Adam and of the schedule.
-        num_steps: gives the training's number of steps, for the schedules that are laid out over them.
-        fused: step through all of a parameter at once: a quarter of the time on a CPU. Lightning's mixed precision
-            refuses to clip gradients with it.
+        num_steps: returns the number of training steps, which all schedules except ``constant`` need.
+        fused: use the fused optimizer, which takes a quarter of the time on a CPU. Lightning's mixed precision
+            cannot clip gradients with it.
 
     Returns:
         What Lightning's ``configure_optimizers`` returns.
 
     Raises:
-        ValueError: if the schedule needs the number of steps and that is infinite.
+        ValueError: if the schedule needs the number of steps, and it is infinite.
     """
     optimizer = torch.optim.Adam(
         parameters,
@@ -155,7 +155,7 @@ def adam(
 
 
 def forget_length(checkpoint: dict[str, Any]) -> None:
-    """Leave of a saved one-cycle schedule where it stood, and not how long it was to be."""
+    """Keep the current step of a saved one-cycle schedule, but not its total length."""
     kept = ("last_epoch", "_step_count", "_last_lr")
     for state in checkpoint.get("lr_schedulers", []):
         if "total_steps" in state:
@@ -184,7 +184,7 @@ class FlowOptimization(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume a schedule where it stood, over as many steps as are planned now."""
+        """Resume a schedule at its step, stretched to the number of steps planned now."""
         super().on_load_checkpoint(checkpoint)
         forget_length(checkpoint)
 
@@ -213,11 +213,11 @@ class FlowOptimization(LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _stop(self, what: str, value: Tensor) -> NoReturn:
-        """Raise before the step is taken, and so before a checkpoint could hold what is not finite."""
+        """Raise before the optimizer's step, so that no checkpoint can contain values that are not finite."""
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written yet"
         msg = (
             f"{what} became {value.item()} at epoch {self.current_epoch}, step {self.global_step}: training stops. "
-            f"The last good checkpoint: {saved}. Lower lr, or clip the gradient harder, or look for images that are "
-            "not like the others"
+            f"The last good checkpoint: {saved}. Lower lr, lower gradient_clip_norm, or look for images that are "
+            "unlike the others"
         )
         raise NonFiniteLossError(msg)

@@ -1,4 +1,4 @@
-"""Labels and masks with a promised rate of false alarms, inside the graph that is exported."""
+"""Labels and masks with a promised false-alarm rate, as part of the exported graph."""
 
 from dataclasses import asdict
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from .good_images import NAN, GoodImages, GoodScale, image_scores
 ThresholdMode = Literal["conformal", "f1"]
 THRESHOLD_MODES: tuple[str, ...] = get_args(ThresholdMode)
 NO_CALIBRATION = (
-    "This model was never calibrated: its scores and maps are raw, and it has no labels and no masks. Fit it with "
+    "This model was never calibrated: its scores and maps are raw, and it has no labels or masks. Fit it with "
     "validation images, or call post_processor.calibrate(...) with the scores of good images"
 )
 
@@ -28,20 +28,20 @@ class ConformalPostProcessor(PostProcessor):
     """Calibrates scores and maps on good images: 0.5 at a threshold that good images exceed at a promised rate.
 
     A calibrated score is within (0, 1) and rises strictly with the raw one, see
-    :class:`~anomalib_csflow.calibration.Scale`: defects stay ranked however far they are from good images. So are the
-    values of the map, whose scale is calibrated on the *maximum* of each good image's map. Label and contour share
-    one rate: of good images, at most the promised share has either.
+    :class:`~anomalib_csflow.calibration.Scale`: defects stay ranked however far they are from good images. The same
+    holds for the map, whose scale is calibrated on the *maximum* of each good image's map. Label and contour share
+    one rate: at most the promised share of good images has either.
 
-    - ``pred_mask`` is where the map is above 0.5 (above ``1 - pixel_sensitivity``).
-    - ``pred_label`` is whether the score is above 0.5 (``1 - image_sensitivity``), or the mask has any pixel: an image
-      with a contour is never called good.
+    - ``pred_mask`` is true where the map is above 0.5 (above ``1 - pixel_sensitivity``).
+    - ``pred_label`` is true if the score is above 0.5 (``1 - image_sensitivity``), or any pixel of the mask is true: an
+      image with a contour is never called good.
 
-    Calibrated values are no probabilities: ``score_scale`` and ``map_scale`` give p-values, and raw values, of
-    them.
+    Calibrated values are not probabilities: ``score_scale`` and ``map_scale`` convert them to p-values and to raw
+    values.
 
-    Calibration images come from :meth:`calibrate`, or else are the good ones among those that are validated while
-    fitting, last epoch first; a model that was calibrated is not calibrated again by ``validate``. Images that chose
-    anything, such as the epoch, keep no promise.
+    Calibration images are those passed to :meth:`calibrate`, or else the good validation images of a fit's last
+    validation; ``validate`` does not calibrate a calibrated model again. Images that were used to choose anything, such
+    as the epoch, keep no promise.
 
     Args:
         false_alarm_rate: share of good images that may have a label "anomalous" or any masked pixel.
@@ -49,13 +49,13 @@ class ConformalPostProcessor(PostProcessor):
             :mod:`~anomalib_csflow.calibration.promises`.
         threshold: ``conformal``, or ``f1``: anomalib's own thresholds and normalization, from labelled validation
             images.
-        num_folds: refits at the end of a fit whose validation had too few good images for the rate: each scores a share
-            of the training images, and is fitted on the others. 0 for none, and a higher rate.
-        **kwargs: of anomalib's ``PostProcessor``.
+        num_folds: number of refits at the end of a fit, if the validation had too few good images for the rate: each
+            is fitted on a part of the training images and scores the rest. 0 for no refits, and a higher rate.
+        **kwargs: arguments of anomalib's ``PostProcessor``.
 
     Attributes:
-        score_scale: the image score's scale, with the scores of the calibration images in rising order.
-        map_scale: the map's scale, with the maxima of the same images' maps, in the same order.
+        score_scale: scale of the image score, with the scores of the calibration images in ascending order.
+        map_scale: scale of the map, with the maxima of the same images' maps in the same order.
         made: what the thresholds promise; None before the calibration.
 
     Raises:
@@ -90,14 +90,14 @@ class ConformalPostProcessor(PostProcessor):
         self.score_scale = GoodScale()
         self.map_scale = GoodScale()
         self._validated = GoodImages()
-        self._is_given = False  # calibrated by a call, which validation does not undo
+        self._is_given = False  # calibrated by a call, which validation does not override
         self._has_warned = False
 
     # -- calibration ------------------------------------------------------------------------------
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether there are thresholds of good images."""
+        """Whether there are thresholds from good images."""
         return self.score_scale.is_calibrated
 
     def calibrate(
@@ -108,21 +108,21 @@ class ConformalPostProcessor(PostProcessor):
         *,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> Promise:
-        """Take thresholds and scales from good images; validation does not change them until the next fit.
+        """Set thresholds and scales from good images; validation does not change them until the next fit.
 
         Args:
             scores: ``(n,)``, raw image scores of good images: held out, or out-of-fold.
-            map_maxima: ``(n,)``, the maximum of each one's raw map; None of detectors without maps.
-            kind: of promise: ``estimated`` if the scores are out-of-fold; by default, that of the constructor.
-            reference: raw scores and maxima ``(m,)`` of other held-out good images, such as those that chose the
-                epoch: with it, half as many images are needed; see
+            map_maxima: ``(n,)``, the maximum of each image's raw map; None for detectors without maps.
+            kind: kind of promise: ``estimated`` if the scores are out-of-fold; by default, the constructor's.
+            reference: raw scores and maxima ``(m,)`` of other held-out good images, such as those used to choose the
+                epoch: with them, half as many images are needed; see
                 :func:`~anomalib_csflow.calibration.joint_thresholds`.
 
         Returns:
             What the thresholds promise.
 
         Raises:
-            ValueError: if there are no scores, one is not finite, or there is not one maximum for each.
+            ValueError: if there are no scores, a score is not finite, or there is not one maximum for each.
         """
         score = scores.detach().float().flatten().cpu()
         maxima = None if map_maxima is None else map_maxima.detach().float().flatten().cpu()
@@ -137,7 +137,7 @@ class ConformalPostProcessor(PostProcessor):
         order = score.argsort()
         self.score_scale.calibrate(found.score, score[order])
         self.map_scale.calibrate(found.map, None if maxima is None else maxima[order])
-        # what anomalib shows: its thresholds, and the range of good images
+        # anomalib displays its own thresholds, and the range of good images
         for level, scale in (("image", self.score_scale), ("pixel", self.map_scale)):
             good = scale.good if scale.is_calibrated else torch.tensor([NAN])
             getattr(self, f"_{level}_threshold").copy_(scale.threshold)
@@ -149,20 +149,20 @@ class ConformalPostProcessor(PostProcessor):
 
     @property
     def num_good(self) -> int:
-        """How many good images the thresholds come from."""
+        """Number of good images that the thresholds come from."""
         return self.score_scale.good.numel()
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the thresholds keep the rate that is asked for, or no refits are wanted for it."""
+        """Whether no refits are needed: the thresholds keep the requested rate, or refits are switched off."""
         return self.threshold == "f1" or not self.num_folds or (self.made is not None and self.made.is_as_asked)
 
     def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
-        """Calibrate on out-of-fold scores, and on those of the validation's good images if there are any.
+        """Calibrate on out-of-fold scores, and on the scores of good validation images if there are any.
 
         Args:
             scores: ``(n,)``, raw.
-            map_maxima: ``(n,)``, raw; None of detectors without maps.
+            map_maxima: ``(n,)``, raw; None for detectors without maps.
 
         Returns:
             What the thresholds promise: an estimate, without a guarantee for few images.
@@ -173,7 +173,7 @@ class ConformalPostProcessor(PostProcessor):
         return self.calibrate(scores, map_maxima, "estimated")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget that there are thresholds: their weights are about to change."""
+        """Remove the thresholds, because the weights are about to change."""
         del trainer, pl_module
         self._is_given = False
         self.made = None
@@ -190,7 +190,7 @@ class ConformalPostProcessor(PostProcessor):
             self._validated.add(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate on what was collected, if there was any good image."""
+        """Calibrate on the collected scores, if there was any good image."""
         if self.threshold == "f1":
             super().on_validation_epoch_end(trainer, pl_module)
         elif self._collects(trainer):
@@ -204,12 +204,12 @@ class ConformalPostProcessor(PostProcessor):
         return not trainer.sanity_checking and not self._is_given and (is_fitting or not self.is_calibrated)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the thresholds promise."""
+        """Log what the thresholds promise."""
         del trainer, pl_module
         if self.threshold == "conformal" and self.made is not None:
             rank_zero_info(str(self.made))
 
-    # -- what it makes of predictions -------------------------------------------------------------
+    # -- predictions ------------------------------------------------------------------------------
 
     def forward(self, predictions: InferenceBatch) -> InferenceBatch:
         """Calibrate the score and the map, and compare them with their thresholds.
@@ -218,8 +218,8 @@ class ConformalPostProcessor(PostProcessor):
             predictions: raw ``pred_score (N,)`` and ``anomaly_map (N, 1, H, W)``, or one of them.
 
         Returns:
-            Calibrated ones, ``pred_label (N,)`` and ``pred_mask (N, 1, H, W)``; without a calibration raw ones, and
-            neither label nor mask. Without a map, or a calibration of maps, there is no mask.
+            Calibrated score and map, ``pred_label (N,)`` and ``pred_mask (N, 1, H, W)``. Without a calibration they are
+            raw, and there is neither label nor mask. Without a map, or a calibration of maps, there is no mask.
 
         Raises:
             ValueError: if there is neither a score nor a map.
@@ -229,7 +229,7 @@ class ConformalPostProcessor(PostProcessor):
         return InferenceBatch(**self._judged(predictions.pred_score, predictions.anomaly_map))
 
     def post_process_batch(self, batch: Batch[Any]) -> None:
-        """Do the same to a batch of ``test`` or ``predict``, in place."""
+        """Do the same for a batch of ``test`` or ``predict``, in place."""
         if self.threshold == "f1":
             super().post_process_batch(batch)
             return
@@ -237,7 +237,7 @@ class ConformalPostProcessor(PostProcessor):
             setattr(batch, name, value)
 
     def _judged(self, score: Tensor | None, anomaly_map: Tensor | None) -> dict[str, Tensor | None]:
-        """Score, label, map and mask of raw ones."""
+        """Score, label, map and mask from a raw score and map."""
         score = image_scores(score, anomaly_map)
         if not self.is_calibrated:
             self._warn()
@@ -267,11 +267,11 @@ class ConformalPostProcessor(PostProcessor):
         return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold", "num_folds")
 
     def checkpoint_config(self) -> dict[str, Any]:
-        """Plain data for a checkpoint: the arguments, and what the thresholds promise."""
+        """Plain data for the checkpoint: the arguments, and what the thresholds promise."""
         return super().checkpoint_config() | {"made": None if self.made is None else asdict(self.made)}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` gave; what anomalib's own wrote has thresholds by F1."""
+        """Restore what :meth:`checkpoint_config` returned; data of anomalib's post-processor means F1 thresholds."""
         super().load_checkpoint_config({"threshold": "f1"} | config)
         made = config.get("made")
         self.made = None if made is None else Promise(**made)

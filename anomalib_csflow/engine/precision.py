@@ -1,4 +1,4 @@
-"""Where training in bfloat16 is faster and not merely smaller."""
+"""Whether training in bfloat16 is faster, rather than only smaller."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,7 +9,7 @@ CPU_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself; elsewhere it would be emulated, and slower than float32.
+    """Whether a device multiplies bfloat16 in hardware; otherwise it would be emulated, and slower than float32.
 
     Example:
         >>> computes_bfloat16(torch.device("meta"))
@@ -20,11 +20,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         capabilities: dict[str, object] = getattr(
             torch.cpu, "get_capabilities", dict
-        )()  # younger than the oldest torch we take
+        )()  # newer than the oldest torch that we support
         return any(capabilities.get(name, False) for name in CPU_FEATURES)
     return False
 
 
 def bfloat16(device: torch.device, *, wanted: bool) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 where it is wanted and the device computes in it."""
+    """Autocast to bfloat16 if it is wanted and the device supports it."""
     return torch.autocast(device.type, torch.bfloat16) if wanted and computes_bfloat16(device) else nullcontext()

@@ -1,4 +1,4 @@
-"""Who gives a detector the features of a batch's images: its backbone, or a store of what it computed before."""
+"""Where a detector's features come from: the backbone, or a store of features that it computed before."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -13,21 +13,21 @@ from anomalib_csflow.flows.pyramid import Pyramid
 
 
 class View(NamedTuple):
-    """A fixed transform of pre-processed images, ``(N, 3, H, W)`` to as many, whose features are kept by its name."""
+    """A fixed transform of pre-processed images, ``(N, 3, H, W)`` to N images; features are stored under its name."""
 
     name: str
     show: Callable[[Tensor], Tensor]
 
 
 PLAIN = View("", lambda images: images)
-"""Images as they are."""
+"""Images without any transform."""
 
 
 class FeatureProvider(Protocol):
-    """Gives features of a batch's images; in training and evaluation a detector asks nobody else.
+    """Gives features of a batch's images; the only source of features in training and evaluation.
 
     Attributes:
-        keeps: whether what was computed once is read back from then on.
+        keeps: whether features are stored, so that each image's are computed only once.
     """
 
     keeps: bool
@@ -44,7 +44,7 @@ class FeatureProvider(Protocol):
 
 
 class ComputedFeatures:
-    """Computes features with the frozen backbone, whenever it is asked."""
+    """Computes features with the frozen backbone at every call."""
 
     keeps = False
 
@@ -56,7 +56,7 @@ class ComputedFeatures:
         return self.compute(view.show(cast("Tensor", batch.image)))
 
     def holds(self, path: str) -> bool:
-        """Nothing is kept."""
+        """Nothing is stored."""
         del path
         return False
 
@@ -65,9 +65,9 @@ class CachedFeatures:
     """Reads features from the stores of a fit's data sets; see :class:`FeatureProvider`.
 
     Args:
-        compute: the frozen backbone, for what is not there.
+        compute: the frozen backbone, for features that are not stored.
         transform: the pre-processor's, for images that were not decoded.
-        sets: ``train_data`` and ``val_data``, where there are such.
+        sets: ``train_data`` and ``val_data``, those that exist.
     """
 
     keeps = True
@@ -83,12 +83,12 @@ class CachedFeatures:
         self.sets = sets
 
     def holds(self, path: str) -> bool:
-        """Whether the image's features are known, and so the image could be read."""
+        """Whether the image's features are stored, which means that the image could be read."""
         key = image_key(path)
         return key is not None and any(key in cached.store for cached in self.sets.values())
 
     def features(self, batch: Batch[Any], view: View = PLAIN) -> Pyramid:
-        """Read the features of a batch's images, and compute those that are not there."""
+        """Read the features of a batch's images, and compute those that are not stored."""
         images = cast("Tensor", batch.image)
         paths = getattr(batch, "image_path", None) or [""]
         cached = next((one for one in self.sets.values() if paths[0] in one.keys), None)
@@ -100,14 +100,14 @@ class CachedFeatures:
         if missing:
             if len(images) == len(paths):
                 unknown = images[missing]
-            else:  # nothing was decoded, and now something is gone
+            else:  # nothing was decoded, and a stored file has disappeared since
                 unknown = self._decode([paths[index] for index in missing], cached, images.device)
             levels = self.compute(view.show(unknown))
             for row, index in enumerate(missing):
                 pyramid = tuple(level[row] for level in levels)
                 found[index] = pyramid
                 key = keys[index]
-                if key is not None and cached.is_unchanged(paths[index]):  # else it may not be what was decoded
+                if key is not None and cached.is_unchanged(paths[index]):  # else the decoded image may be another
                     cached.store.put(key, pyramid)
         dtype, whole = torch.get_default_dtype(), cast("list[Pyramid]", found)
         return tuple(
@@ -121,7 +121,7 @@ class CachedFeatures:
 
 
 class CachedSet(Dataset[ImageItem]):
-    """A data set that leaves the decoding out of batches of which the store has all features, in all views."""
+    """A data set that does not decode images if the store has the features of all of them, in all views."""
 
     def __init__(self, dataset: AnomalibDataset, store: FeatureStore, views: Sequence[str]) -> None:
         self.dataset = dataset
@@ -132,14 +132,14 @@ class CachedSet(Dataset[ImageItem]):
         self.keys = {path: image_key(path) for path in self.paths}  # of the files before anything is decoded
 
     def look(self) -> None:
-        """See whether all features are there; only of plain images can the decoding be left out."""
+        """Look whether all features are stored; decoding can only be skipped if the data set just reads images."""
         is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__
         self.is_known = is_plain and all(
             (key := image_key(path, view)) and key in self.store for path in self.paths for view in self.views
         )
 
     def is_unchanged(self, path: str) -> bool:
-        """Whether a file is still what it was before anything was decoded."""
+        """Whether a file is still the same as before decoding began."""
         return image_key(path) == self.keys.get(path)
 
     def read(self, path: str) -> Tensor:
@@ -147,13 +147,13 @@ class CachedSet(Dataset[ImageItem]):
         return cast("Tensor", self.dataset[self.paths.index(path)].image)
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Read a sample, or leave out what is not needed."""
+        """Read a sample, without its image if that is not needed."""
         if not self.is_known:
             return cast("ImageItem", self.dataset[index])
         return ImageItem(image=torch.full((3, 1, 1), torch.nan), image_path=self.paths[index])
 
     def collate_fn(self, items: list[ImageItem]) -> Batch[Any]:
-        """Collate; a batch without images gets a single one, which costs its transforms nothing."""
+        """Collate; a batch without images gets a single pixel, so that transforms cost almost nothing."""
         if not self.is_known:
             return cast("Batch[Any]", self.dataset.collate_fn(items))
         return ImageBatch(image=cast("Any", items[0].image)[None], image_path=[str(item.image_path) for item in items])
@@ -163,18 +163,18 @@ class CachedSet(Dataset[ImageItem]):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the data set's."""
+        """All other attributes are those of the data set."""
         if name == "dataset":  # while it is being unpickled in a worker
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 class RepeatedSet(Dataset[ImageItem]):
-    """A data set as often as an epoch of a given number of steps needs it; its samples are drawn in random order.
+    """A data set, repeated to fill an epoch of a given number of steps; its samples are drawn in random order.
 
     Args:
         dataset: with one sample or more.
-        length: samples of an epoch.
+        length: number of samples in an epoch.
     """
 
     def __init__(self, dataset: AnomalibDataset | CachedSet, length: int) -> None:
@@ -190,7 +190,7 @@ class RepeatedSet(Dataset[ImageItem]):
         return self.length
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the data set's."""
+        """All other attributes are those of the data set."""
         if name == "dataset":  # while it is being unpickled in a worker
             raise AttributeError(name)
         return getattr(self.dataset, name)

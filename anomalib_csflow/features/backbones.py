@@ -12,11 +12,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from typing_extensions import Self
 
 PROBE_SIZE = 256
-"""Side of the blank image that shows a layer's channels and stride; any multiple of 64 would do."""
+"""Side of the blank image that is used to find a layer's channels and stride; any multiple of 64 works."""
 
 
 class FrozenLayers(nn.Module):
-    """A backbone up to the last of some layers: without gradients, always in eval mode, and without what follows.
+    """A backbone up to the last of some layers, without the rest, without gradients, and always in eval mode.
 
     Args:
         model: a convolutional network of any kind (named modules), or a timm vision transformer.
@@ -42,7 +42,7 @@ class FrozenLayers(nn.Module):
         for layer in layers:
             check_layer(model, layer)
         self.layers = list(layers)
-        # timm marks models on tokens this way, which may begin with class and register tokens
+        # timm's transformers have this attribute: their tokens may begin with class and register tokens
         self.is_transformer = hasattr(model, "num_prefix_tokens")
         self.final_norm = final_norm
         if self.is_transformer:
@@ -67,7 +67,7 @@ class FrozenLayers(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> tuple[Tensor, ...]:
-        """Maps of a blank image, of the model's one size if it does not take any size."""
+        """Maps of a blank image; of the model's own size, if it only takes one."""
         named = ", ".join(repr(layer) for layer in self.layers)
         try:
             maps = self.maps(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
@@ -102,7 +102,7 @@ class FrozenLayers(nn.Module):
 
 
 class FrozenBackbone(FrozenLayers):
-    """A backbone up to one layer: without gradients, always in eval mode, and without what follows.
+    """A backbone up to one layer, without the rest, without gradients, and always in eval mode.
 
     Args:
         model: a convolutional network of any kind (named modules), or a timm vision transformer.
@@ -131,7 +131,7 @@ class FrozenBackbone(FrozenLayers):
 
     @torch.no_grad()
     def _least_size(self) -> int:
-        """The stride, if borders are padded; more if a kernel must fit into an unpadded map, as in AlexNet."""
+        """The stride, if borders are padded; more if a kernel has to fit into an unpadded map, as in AlexNet."""
         fails, works = self.stride - 1, PROBE_SIZE
         side = self.stride  # tried first: almost always the answer
         while fails + 1 < works:
@@ -163,7 +163,7 @@ def _block_numbers(layers: Sequence[str]) -> list[int]:
 
 
 def _truncate(model: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """Trace the model up to the last layer, and drop what follows."""
+    """Trace the model up to the last layer, and drop the rest."""
     names = {layer: f"map {index}" for index, layer in enumerate(layers)}
     tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
     try:

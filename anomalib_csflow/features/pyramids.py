@@ -149,7 +149,7 @@ class ImagePyramid(FeaturePyramid):
 
 
 class PooledPyramid(ImagePyramid):
-    """The maps of an :class:`ImagePyramid`, averaged over positions and joined to one vector, as DifferNet uses them.
+    """The maps of an :class:`ImagePyramid`, averaged over positions and joined into one vector, as DifferNet uses them.
 
     Args:
         backbone: applied to the image at every size.
@@ -170,7 +170,7 @@ class PooledPyramid(ImagePyramid):
         self.num_features = sum(self.channels)
 
     def _check_halving(self) -> None:
-        """Not needed: an average is one vector, whatever the size of the map."""
+        """Not needed: an average is one vector for any size of the map."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the vector."""
@@ -178,14 +178,14 @@ class PooledPyramid(ImagePyramid):
 
 
 class CrossScalePyramid(LayerPyramid):
-    """Levels that halve: several layers of one backbone in one pass, and the coarsest at smaller sizes of the image.
+    """Levels that halve: several layers of one backbone in one pass, and the coarsest also at smaller image sizes.
 
-    One layer at three image sizes is CS-Flow's own pyramid (:class:`ImagePyramid`); layers whose strides double need
-    one pass of the backbone and no smaller image.
+    The published CS-Flow has one layer at three image sizes (:class:`ImagePyramid`); layers whose strides double only
+    need one pass of the backbone, and no smaller image.
 
     Args:
         backbone: with layers from fine to coarse, each with twice the stride of the one before.
-        num_scales: image sizes of the coarsest layer, each half the one before; 1 for the image alone.
+        num_scales: number of image sizes for the coarsest layer, each half the one before; 1 for only the image itself.
 
     Shape:
         images ``(N, 3, H, W)`` to maps ``(N, channels[i], ceil(H / strides[i]), ceil(W / strides[i]))``, finest first.
@@ -200,12 +200,12 @@ class CrossScalePyramid(LayerPyramid):
             msg = f"num_scales must be 1 or more, got {num_scales}"
             raise ValueError(msg)
         if backbone.fixed_size is not None and num_scales > 1:
-            msg = f"this backbone takes images of {backbone.fixed_size} pixels alone: set num_scales=1"
+            msg = f"this backbone takes images of {backbone.fixed_size} pixels only: set num_scales=1"
             raise ValueError(msg)
         if any(coarser != 2 * finer for finer, coarser in pairwise(self.strides)):
             msg = (
                 f"the layers {backbone.layers} have strides {self.strides}, which do not make a pyramid: name layers "
-                "of which each has twice the stride of the one before"
+                "that each have twice the stride of the one before"
             )
             raise ValueError(msg)
         coarsest = self.strides[-1]
@@ -216,7 +216,7 @@ class CrossScalePyramid(LayerPyramid):
         self.what = f"layers {backbone.layers} at {num_scales} image sizes, down to stride {self.min_size}"
 
     def extra_repr(self) -> str:
-        """What the features are, beside the backbone's weights."""
+        """What determines the features, apart from the backbone's weights."""
         return f"{super().extra_repr()}, num_scales={self.num_scales}"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

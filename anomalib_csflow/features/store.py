@@ -1,8 +1,8 @@
-"""Features that are computed once: pyramids on disk, shared by runs and processes.
+"""Features that are computed once: pyramids on disk, shared by several fits and processes.
 
 One file per image, memory-mapped, in the safetensors format: nothing is unpickled. A file appears only when it is
 complete (it is written under another name, then renamed), has a checksum, and is named after everything that it
-depends on. So neither a run that is killed nor two runs at once leave wrong features behind.
+depends on. So neither a process that is killed nor two processes at once leave wrong features behind.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = 1
-"""Part of every name: raise it when the meaning of what is stored changes."""
+"""Part of every name: increase it when the meaning of the stored values changes."""
 
 BETWEEN_LOOKS = 2**26
 """Bytes that one process writes before it checks again how much all processes have written."""
@@ -122,7 +122,7 @@ class FeatureStore:
         )
         try:
             if len(data) > self._room and not self._make_room(len(data)):
-                self._stop(f"its limit of {self.max_bytes / 1e9:g} GB is reached by this run's features alone")
+                self._stop(f"the features of this process reach its limit of {self.max_bytes / 1e9:g} GB")
                 return
             self._write(self.path(key), data)
         except OSError as error:
@@ -134,7 +134,7 @@ class FeatureStore:
     def _write(self, path: Path, data: bytes) -> None:
         if not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / "context.json").write_text(self.description)  # for people
+            (self.folder / "context.json").write_text(self.description)  # for people to read
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
         try:
             partial.write_bytes(data)

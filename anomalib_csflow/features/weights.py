@@ -58,7 +58,7 @@ def create_backbone(name: str, weights: str = "hub") -> nn.Module:
         return _from_hub(name)
     if weights == "random":
         return _build(name)
-    state = _read_file(package_file(name) if weights == "package" else Path(weights))  # before the work of building
+    state = _read_file(package_file(name) if weights == "package" else Path(weights))  # before building, which is slow
     model = _build(name)
     if weights == "package":
         state = _rename_by_order(model, state, name)
@@ -248,7 +248,7 @@ def _is_reachable(name: str) -> bool:
             return
         answered.set()
 
-    # urlopen's timeout is for each address of a host, and not for resolving its name: limit the total
+    # urlopen's timeout applies to each address of a host, but not to name resolution: limit the total
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)

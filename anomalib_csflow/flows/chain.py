@@ -41,7 +41,7 @@ class PyramidFlow(nn.ModuleList):
         total = pyramid[0].new_zeros(pyramid[0].shape[0])
         for layer in reversed(self) if rev else self:
             if self.recompute and is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
-                # nothing in a layer is random, so there is no state of a generator to restore
+                # layers do not draw random numbers, so no generator state has to be restored
                 pyramid, log_det = checkpoint(
                     layer, pyramid, rev=rev, jac=jac, use_reentrant=False, preserve_rng_state=False
                 )

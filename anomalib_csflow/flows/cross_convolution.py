@@ -83,7 +83,7 @@ class CrossConvolution(nn.Module):
         for i in range(len(up)):
             (height, width), coarser = hidden[i].shape[-2:], hidden[i + 1].shape[-2:]
             outputs[i] = outputs[i] + convolve_resized(hidden[i + 1], (height, width), up[i])
-            # the convolution gives ceil(size / 2); the crop is for maps that were halved by rounding down
+            # the convolution gives ceil(size / 2); the crop is for coarser maps whose size was rounded down
             outputs[i + 1] = outputs[i + 1] + convolve(hidden[i], down[i])[..., : coarser[0], : coarser[1]]
-        # in the precision of the parameters, not of the convolutions: these become log-scales and shifts
+        # in the parameters' precision, not the convolutions', because the outputs become log-scales and shifts
         return tuple(gamma * output.to(gamma.dtype) for gamma, output in zip(self.gamma, outputs, strict=True))

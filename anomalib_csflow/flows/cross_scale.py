@@ -94,7 +94,7 @@ class CrossScaleCoupling(InvertibleModule):
         if len(conditions) != len(self.dims_c):
             msg = f"expected {len(self.dims_c)} conditions, got {len(conditions)}"
             raise ValueError(msg)
-        # split, not sliced: the gradient of a slice is padded with zeros, in another memory layout
+        # split instead of slices, whose gradients are padded with zeros in another memory layout
         first, second = zip(
             *(level.split([u, v], dim=1) for level, u, v in zip(pyramid, self.first, self.second, strict=True)),
             strict=True,

@@ -23,7 +23,7 @@ class FiberFlow(InvertibleModule):
     """Transform the vector at each position of each level (a fiber), by one conditional decoder per level.
 
     Given where they are, positions are independent of each other, so the log-det of a level is the sum of
-    its positions' log-dets.
+    the log-dets of its positions.
 
     Args:
         dims_in: ``(C, H, W)`` of each level; only the channels matter.
@@ -78,12 +78,12 @@ class FiberFlow(InvertibleModule):
     ) -> tuple[Pyramid, Tensor]:
         """Transform a pyramid; ``rev`` inverts. Returns the maps and the log-det (zeros if not ``jac``)."""
         del c
-        output, log_dets = self.cells(x_or_z, rev=rev)
+        output, log_dets = self.positions(x_or_z, rev=rev)
         if not jac:
             return output, output[0].new_zeros(output[0].shape[0])
         return output, torch.stack([log_det.flatten(1).sum(1) for log_det in log_dets]).sum(0)
 
-    def cells(self, x_or_z: Iterable[Tensor], rev: bool = False) -> tuple[Pyramid, Pyramid]:
+    def positions(self, x_or_z: Iterable[Tensor], rev: bool = False) -> tuple[Pyramid, Pyramid]:
         """Transform a pyramid; returns the maps and each position's log-det, ``(N, 1, H_i, W_i)``."""
         output, log_dets = [], []
         for index, level in enumerate(check_pyramid(tuple(x_or_z), self.channels, halved=False)):

@@ -27,7 +27,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def normalized_convolutions(in_channels: int, out_channels: int) -> nn.Module:
-    """The network of a block of one level: convolution, norm, ReLU, convolution; the width is the input's."""
+    """The network of one level's block: convolution, norm, ReLU, convolution, as wide as the input."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1),
         ChannelNorm(in_channels),

@@ -1,4 +1,4 @@
-"""Glow's coupling of vectors, as DifferNet has it.
+"""Glow's coupling of vectors, as in DifferNet.
 
 Rudolph, Wandt, Rosenhahn, "Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing
 Flows", WACV 2021, https://arxiv.org/abs/2008.12577, section 3.2.
@@ -17,7 +17,7 @@ from .pyramid import Pyramid, check_pyramid
 
 
 def _soft_clamp(values: Tensor, clamp: float) -> Tensor:
-    """Map to within +-1; FrEIA's own does not divide by ``clamp``, which makes it steeper at 0 than published."""
+    """Map to within +-1; FrEIA's own function does not divide by ``clamp``, so it is steeper at 0 than published."""
     return ATAN_FACTOR * torch.atan(values / clamp)
 
 

@@ -17,7 +17,7 @@ Mask = Literal["halves", "checkerboard"]
 
 
 class MaskedCoupling(InvertibleModule):
-    r"""Affine coupling that changes what a mask :math:`b` does not keep, depending on what it keeps.
+    r"""Affine coupling that keeps what a mask :math:`b` selects, and changes the rest depending on it.
 
     .. math::
         y = b \odot x + (1 - b) \odot (x + t) \odot e^{s}, \quad
@@ -30,7 +30,7 @@ class MaskedCoupling(InvertibleModule):
         dims_c: unused, part of FrEIA's interface.
         conditioner: makes :math:`g` from (input channels, output channels).
         mask: what is kept: the first half of the channels (``halves``), or every second pixel
-            (``checkerboard``, of maps only).
+            (``checkerboard``, for maps only).
         swap: keep the other half instead.
 
     Shape:

@@ -7,7 +7,7 @@ using Real NVP", ICLR 2017, https://arxiv.org/abs/1605.08803, section 3.
 Differs from the published code:
 
 - the conditioners have no batch norm, which would make an image's likelihood in training depend on the other
-  images, and no weight norm; their last layer is initialized to zero;
+  images, and no weight norm; their last layer is initialized with zeros;
 - without ``noise``, dequantization adds one half everywhere, so that the likelihood is a function of the image.
 """
 
@@ -30,8 +30,8 @@ class ResidualConvolutions(nn.Module):
 
     Args:
         in_channels: number of channels of the input.
-        out_channels: number of channels of the output, which is zero at first.
-        hidden_channels: number of channels of all maps between.
+        out_channels: number of channels of the output, which is zero before training.
+        hidden_channels: number of channels of all hidden maps.
         num_blocks: number of residual blocks.
 
     Shape:
@@ -65,16 +65,16 @@ class ResidualConvolutions(nn.Module):
 class PixelFlow(nn.Module):
     r"""The multi-scale RealNVP on images: a logit, then couplings at each scale, which split off half the channels.
 
-    Every scale but the last has three couplings with checkerboard masks, a squeeze of 2x2 pixels into
+    Every scale except the last has three couplings with checkerboard masks, a squeeze of 2x2 pixels into
     channels, and three couplings with masks over channels; half of its channels then become latents. The last
-    scale has four couplings with checkerboard masks. First of all, pixels in [0, 1] are dequantized and transformed by
+    scale has four couplings with checkerboard masks. Before all this, pixels in [0, 1] are dequantized and mapped by
 
     .. math::
         y = \mathrm{logit}\left(\tfrac{1 - a}{2} + a\,p\right), \quad p = (255 x + u) / 256, \quad a = 0.9
 
     Args:
         channels: number of channels of the images.
-        num_scales: 1 or more; 3 is the paper's on CIFAR-10 and CelebA, 2 on MNIST.
+        num_scales: 1 or more; the paper has 3 on CIFAR-10 and CelebA, 2 on MNIST.
         hidden_channels: of the conditioners at the finest scale; doubled at each further scale.
         num_blocks: number of residual blocks of each conditioner.
         constraint: :math:`a`.
@@ -83,7 +83,7 @@ class PixelFlow(nn.Module):
         images ``(N, channels, H, W)`` in [0, 1] to latents, finest first, and a log-det ``(N,)`` in nats.
 
     Raises:
-        ValueError: if an image cannot be halved at every scale but the last.
+        ValueError: if an image cannot be halved at every scale except the last.
 
     Example:
         >>> flow = PixelFlow(1, num_scales=2, hidden_channels=4, num_blocks=1)
@@ -104,7 +104,7 @@ class PixelFlow(nn.Module):
         super().__init__()
         self.num_scales = num_scales
         self.constraint = constraint
-        self.before = nn.ModuleList()  # of each scale: its couplings before the squeeze, and after it
+        self.before = nn.ModuleList()  # for each scale: its couplings before the squeeze, and after it
         self.after = nn.ModuleList()
         for scale in range(num_scales):
             last = scale == num_scales - 1
@@ -148,7 +148,7 @@ class PixelFlow(nn.Module):
         return (*latents, x), log_det
 
     def inverse(self, latents: Pyramid) -> Tensor:
-        """Images from latents, dequantized by one half: ``(N, C, H, W)``."""
+        """Images ``(N, C, H, W)`` from latents, assuming that one half was added in the dequantization."""
         *factored, x = latents
         for scale in reversed(range(self.num_scales)):
             if scale < self.num_scales - 1:

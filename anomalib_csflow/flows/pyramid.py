@@ -1,4 +1,4 @@
-"""What a pyramid is, and the check that all layers make of it."""
+"""What a pyramid is, and the check of pyramids that all layers use."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,7 +16,7 @@ def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
         sizes: (height, width) of each level, finest first.
 
     Raises:
-        ValueError: if a map is empty or two neighbours do not fit.
+        ValueError: if a map is empty, or not half the one before it.
 
     Example:
         >>> check_sizes([(9, 12), (5, 6), (2, 3)])
@@ -47,7 +47,7 @@ def check_pyramid(pyramid: Sequence[Tensor], channels: Sequence[int], ndim: int 
         The levels as a tuple.
 
     Raises:
-        ValueError: if the pyramid does not have these levels and channels, or neighbours do not fit.
+        ValueError: if the pyramid does not have these levels and channels, or maps do not halve.
     """
     if len(pyramid) != len(channels):
         msg = f"expected a pyramid of {len(channels)} levels, got {len(pyramid)}"

@@ -1,4 +1,4 @@
-"""Statistics of what comes in batches."""
+"""Statistics of values that arrive in batches."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class RunningStatistics:
-    """Mean, variance and maximum of each channel over batches, in float64 on the CPU, which not every device has.
+    """Mean, variance and maximum of each channel over batches, in float64, on the CPU because not every device has it.
 
     Args:
-        channels: of all batches.
+        channels: number of channels of each batch.
 
     Attributes:
-        count: values of each channel so far.
+        count: number of values of each channel so far.
         mean: ``(channels,)``.
         highest: ``(channels,)``, minus infinity until there are values.
 
@@ -41,12 +41,12 @@ class RunningStatistics:
 
     @property
     def state(self) -> Tensor:
-        """What there is to know of the values so far: count, mean, variance and maximum of each, ``(4, channels)``."""
+        """Count, mean, variance and maximum of each channel's values so far, ``(4, channels)``."""
         count = torch.full_like(self.mean, self.count)
         return torch.stack([count, self.mean, self._squares / count.clamp(min=1), self.highest])
 
     def merge(self, state: Tensor) -> None:
-        """Add the :attr:`state` of other values, ``(4, channels)``, as Chan et al. (1983) do."""
+        """Add the :attr:`state` of other values, ``(4, channels)``, as in Chan et al. (1983)."""
         counts, mean, variance, highest = state.cpu()
         n = int(counts[0])
         if n == 0:
@@ -59,7 +59,7 @@ class RunningStatistics:
 
     @classmethod
     def merged(cls, states: Iterable[Tensor]) -> "RunningStatistics":
-        """Statistics of all values of which there are states, ``(4, channels)`` each."""
+        """Statistics of all values together, from their states, ``(4, channels)`` each."""
         first, *others = states
         whole = cls(first.shape[1])
         for state in (first, *others):
@@ -76,10 +76,10 @@ class RunningCovariance:
     """Mean and covariance of the channels over batches, in float64 on the CPU.
 
     Args:
-        channels: of all batches.
+        channels: number of channels of each batch.
 
     Attributes:
-        count: values of each channel so far.
+        count: number of values of each channel so far.
         mean: ``(channels,)``.
 
     Example:
@@ -97,7 +97,7 @@ class RunningCovariance:
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Add a batch ``(N, channels, ...)``, merged with those before as Chan et al. (1983) do."""
+        """Add a batch ``(N, channels, ...)``, merged with the earlier ones as in Chan et al. (1983)."""
         rows = values.movedim(1, -1).flatten(0, -2).float()
         mean = rows.mean(0)
         covariance = (rows - mean).T @ (rows - mean) / len(rows)
@@ -106,11 +106,11 @@ class RunningCovariance:
 
     @property
     def state(self) -> Tensor:
-        """What there is to know of the values so far: count, mean and covariance, ``(2 + channels, channels)``."""
+        """Count, mean and covariance of the values so far, ``(2 + channels, channels)``."""
         return torch.cat([torch.full_like(self.mean, self.count)[None], self.mean[None], self.covariance])
 
     def merge(self, state: Tensor) -> None:
-        """Add the :attr:`state` of other values, as Chan et al. (1983) do."""
+        """Add the :attr:`state` of other values, as in Chan et al. (1983)."""
         n, mean, covariance = int(state[0, 0]), state[1].cpu(), state[2:].cpu()
         if n == 0:
             return
@@ -121,7 +121,7 @@ class RunningCovariance:
 
     @classmethod
     def merged(cls, states: Iterable[Tensor]) -> "RunningCovariance":
-        """Statistics of all values of which there are states."""
+        """Statistics of all values together, from their states."""
         first, *others = states
         whole = cls(first.shape[1])
         for state in (first, *others):

@@ -14,12 +14,12 @@ from .running_statistics import RunningStatistics
 class ChannelStandardization(InvertibleModule):
     r"""Map each channel to mean 0 and standard deviation 1: :math:`y_c = (x_c - \mu_c) / \sigma_c`.
 
-    The statistics are buffers, of one set of channels per scale; until :meth:`fit` they are 0 and 1
-    and the layer is the identity. Nothing is learnt, so the log-det is exact and constant:
-    :math:`-\sum_i H_i W_i \sum_c \log \sigma_{ic}` (of vectors, :math:`H_i = W_i = 1`).
+    The statistics are buffers, one set of channels per level; until :meth:`fit` they are 0 and 1
+    and the layer is the identity. Nothing is learned, so the log-det is exact and constant:
+    :math:`-\sum_i H_i W_i \sum_c \log \sigma_{ic}` (for vectors, :math:`H_i = W_i = 1`).
 
     Args:
-        dims_in: ``(C, H, W)`` of each scale, finest first, or ``(D,)`` of vectors.
+        dims_in: ``(C, H, W)`` of each level, finest first, or ``(D,)`` of vectors.
         dims_c: unused, part of FrEIA's interface.
 
     Shape:
@@ -54,9 +54,9 @@ class ChannelStandardization(InvertibleModule):
 
         Args:
             pyramids: batches of pyramids of training features.
-            floor: least standard deviation, as a share of the scale's root mean square over channels,
-                so that a channel that never moves is not blown up.
-            gather: a tensor of this process to those of all, where several have a share of the features each.
+            floor: least standard deviation, as a share of the root mean square over the level's channels,
+                so that a constant channel is not divided by almost zero.
+            gather: collects a tensor from all processes, if several processes share the features.
 
         Raises:
             ValueError: if there are no pyramids.
@@ -81,7 +81,7 @@ class ChannelStandardization(InvertibleModule):
 
     @property
     def stds(self) -> list[Tensor]:
-        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they were measured."""
+        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they are measured."""
         return [self.get_buffer(f"log_std_{level}").exp() for level in range(len(self.channels))]
 
     def forward(

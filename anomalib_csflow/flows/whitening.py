@@ -18,9 +18,9 @@ class ChannelWhitening(InvertibleModule):
     :math:`W = (R + \epsilon^2 1)^{-1/2} D^{-1}`, the symmetric (ZCA) root: of all whitening matrices it changes the
     standardized channels least (Kessy, Lewin, Strimmer, "Optimal whitening and decorrelation", 2018,
     https://arxiv.org/abs/1512.00809). A flow that begins with it starts from the Gaussian that fits the features best,
-    and has only what is not Gaussian in them to learn.
+    and only has to learn what is not Gaussian in them.
 
-    The statistics are buffers; until :meth:`fit` the layer is the identity. Nothing is learnt, so the log-det is exact
+    The statistics are buffers; until :meth:`fit` the layer is the identity. Nothing is learned, so the log-det is exact
     and constant: :math:`\sum_i H_i W_i \log \det W_i`.
 
     Args:
@@ -61,9 +61,9 @@ class ChannelWhitening(InvertibleModule):
 
         Args:
             pyramids: batches of pyramids of training features.
-            shrinkage: :math:`\epsilon`, added to the standardized channels as noise of this standard deviation would
-                be: directions in which few images hardly vary are not blown up.
-            gather: a tensor of this process to those of all, where several have a share of the features each.
+            shrinkage: :math:`\epsilon`, with the effect of noise of this standard deviation on the standardized
+                channels: directions in which a few images hardly vary are not divided by almost zero.
+            gather: collects a tensor from all processes, if several processes share the features.
 
         Raises:
             ValueError: if there are no pyramids, or a level's channels do not vary at all.
@@ -81,7 +81,7 @@ class ChannelWhitening(InvertibleModule):
             covariance = statistics.covariance
             variance = covariance.diagonal()
             if not variance.mean() > 0:
-                msg = f"level {index}: the training images' features do not vary: are the images all alike, or blank?"
+                msg = f"level {index}: the training images' features do not vary: are all images the same, or blank?"
                 raise ValueError(msg)
             std = variance.clamp(min=1e-6 * variance.mean().item()).sqrt()
             values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
@@ -93,7 +93,7 @@ class ChannelWhitening(InvertibleModule):
 
     @property
     def stds(self) -> list[Tensor]:
-        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they were measured."""
+        """Standard deviation of each level's channels, ``(C_i,)``; 1 until they are measured."""
         return [self.get_buffer(f"std_{level}") for level in range(len(self.channels))]
 
     def forward(

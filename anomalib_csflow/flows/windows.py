@@ -1,7 +1,7 @@
-"""Convolutions of small maps in whichever way is fastest on a CPU, forward and backward.
+"""Convolutions of small maps in the way that is fastest on a CPU, forward and backward.
 
-A convolution library copies weights into a layout of its own, and their gradients back. For a map with few
-positions this takes longer than the multiplications, and one matrix product with the map's windows is faster.
+A convolution library copies weights into its own layout, and their gradients back. For a map with few
+positions, this takes longer than the multiplications, and one matrix product with the map's windows is faster.
 On other devices, and in graphs that are compiled or exported, everything here is the plain convolution.
 """
 
@@ -16,7 +16,7 @@ FEW_POSITIONS = 1024
 """Positions N * H * W below which one matrix product beats the convolution (speed/coupling.py)."""
 
 MANY_CHANNELS = 256
-"""Input channels from which on it is faster to multiply before resizing than to resize before the convolution."""
+"""From this number of input channels on, it is faster to multiply before resizing than to resize before convolving."""
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -96,7 +96,7 @@ def _add_windows(windows: Tensor, size: tuple[int, int], kernel_size: int, strid
 class _Gather(Function):
     """Windows of ``(N, H, W, C)`` times a weight ``(out_channels, k * k * C)``.
 
-    The windows are made again in the backward pass: keeping them would take k * k times the memory of the map.
+    The windows are made again in the backward pass, because keeping them would take k * k times the map's memory.
     """
 
     @staticmethod

@@ -17,7 +17,7 @@ LETTER = 7.0  # mean width of a letter at the labels' size, 12 px, in a wide fon
 
 @dataclass(frozen=True)
 class Point:
-    """A detector in the chart of accuracy against cost; what stands behind its name after `remark`."""
+    """A detector in the chart of accuracy against cost; `remark` follows its name."""
 
     name: str
     style: Style
@@ -28,14 +28,14 @@ class Point:
 
 
 def overlap(one: Box, other: Box) -> float:
-    """Area that two boxes share."""
+    """Area of the overlap of two boxes."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0) * max(height, 0)
 
 
 def place(at: Sequence[tuple[float, float]], texts: Sequence[str], box: Box) -> list[Box]:
-    """Boxes for labels near their points: each where it hides least, and nearest among those."""
+    """Boxes for labels near their points: each where it hides least and, among those, nearest."""
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
     placed: list[Box] = []
     for (x, y), text in zip(at, texts, strict=True):
@@ -83,7 +83,7 @@ def trade(points: Sequence[Point], titles: tuple[str, str], label: str) -> str:
         titles,
     )
     corners = [(place_x(on_front[0][0]), bottom)]
-    for cost, gain in on_front:  # a staircase: what lies below and right of it is beaten
+    for cost, gain in on_front:  # a staircase: points below it and to its right are beaten
         corners += [(place_x(cost), corners[-1][1]), (place_x(cost), place_y(gain))]
     corners.append((right, corners[-1][1]))
     add(svg, "polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in corners), class_="front")
@@ -96,7 +96,7 @@ def trade(points: Sequence[Point], titles: tuple[str, str], label: str) -> str:
         side = (spot[0] >= x) - (spot[2] <= x)  # a narrower font stays beside its marker
         anchor, end = {1: ("start", spot[0]), -1: ("end", spot[2]), 0: ("middle", (spot[0] + spot[2]) / 2)}[side]
         add(svg, "text", text, x=end, y=spot[3] - 3, text_anchor=anchor, class_="name")
-    for point, text, on, (x, y) in zip(points, texts, front, at, strict=True):  # no label hides a marker
+    for point, text, on, (x, y) in zip(points, texts, front, at, strict=True):  # last, so that no label hides a marker
         group = add(svg, "g")
         if point.std:
             reach = (bottom - top) * point.std / (most - least)
@@ -114,7 +114,7 @@ def mean_curve(curves: Sequence[NDArray[np.float32]], limit: float) -> NDArray[n
     """Mean over seeds at equal false positive rates, dense where curves rise: (2, 121) from several (2, K)."""
     grid = limit * np.linspace(0, 1, 121) ** 2
     values = [np.interp(grid, curve[0], curve[1]) for curve in curves]
-    start = [[0.0], [0.0]]  # a rise at a rate of 0 is drawn too
+    start = [[0.0], [0.0]]  # so that a rise at a rate of 0 is drawn too
     return np.concatenate([start, np.stack([grid, np.mean(values, axis=0)])], axis=1)
 
 

@@ -1,6 +1,6 @@
-"""Lines, markers and axes of the benchmark's charts: inline SVG in the page's own ink, so that it follows dark mode.
+"""Lines, markers and axes of the benchmark's charts: inline SVG in the page's colours, so that it follows dark mode.
 
-A detector is known by its marker, its dashes and its name; colour repeats what these say.
+A detector is identified by its marker, its dashes and its name; its colour only repeats this.
 
 By hand: matplotlib's SVG of the same charts is 2.4 to 5 times as large, takes about 80 times as long, and has fixed
 colours where dark mode needs the page's CSS classes. Placing labels, most of `charts.py`, would remain.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
-HUES = 7  # of page.css: ink, then Okabe and Ito's without yellow, which white paper swallows
+HUES = 7  # in page.css: the text colour, then Okabe and Ito's, without yellow, which cannot be seen on white
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -44,12 +44,12 @@ def add(parent: ET.Element, tag: str, text: str | None = None, **attributes: flo
 
 
 def canvas(width: int, height: int, label: str) -> ET.Element:
-    """An empty drawing with its description for those who do not see it."""
+    """An empty drawing with a description for screen readers."""
     return ET.Element("svg", {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label})
 
 
 def regular(corners: int, radius: float, inner: float | None = None) -> list[tuple[float, float]]:
-    """A regular polygon that stands on no corner, or a star with an inner radius."""
+    """A regular polygon with a corner at the top, or a star with an inner radius."""
     count = corners if inner is None else 2 * corners
     turns = ((index, 2 * math.pi * index / count - math.pi / 2) for index in range(count))
     return [
@@ -89,7 +89,7 @@ def marker(parent: ET.Element, style: Style, x: float, y: float, *, filled: bool
 
 
 def swatch(style: Style) -> str:
-    """Marker and line of a detector, for tables and legends."""
+    """A detector's marker and line, for tables and legends."""
     svg = ET.Element("svg", {"viewBox": "0 0 34 16", "class": "swatch", "aria-hidden": "true"})
     add(svg, "line", x1=1, y1=8, x2=33, y2=8, class_=f"line {style.hue}", stroke_dasharray=style.dash)
     marker(svg, style, 17, 8)
@@ -111,7 +111,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a logarithmic axis: decades alone where there are many, steps of one digit where there are few.
+    """Round numbers for a logarithmic axis: only decades if there are many, steps of one digit if there are few.
 
     >>> log_ticks(8, 120), log_ticks(0.5, 20000), log_ticks(22, 41)
     ([10.0, 20.0, 50.0, 100.0], [1.0, 10.0, 100.0, 1000.0, 10000.0], [25.0, 30.0, 35.0, 40.0])
@@ -125,7 +125,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def plain(value: float) -> str:
-    """A tick's number as short as it goes."""
+    """The number of a tick, as short as possible."""
     return f"{value:,.10f}".rstrip("0").rstrip(".")
 
 

@@ -14,10 +14,10 @@ from PIL import Image, ImageFilter
 from anomalib_csflow.benchmark import overview
 from anomalib_csflow.benchmark.rows import Row
 
-QUALITY = 78  # of the JPEGs: some 10 KB for an image of 256 pixels
+QUALITY = 78  # of the JPEGs: about 10 KB for an image of 256 pixels
 LEVELS = np.array([0.0, 0.35, 0.7, 1.0])
-RAMP = np.array([(0, 0, 0), (213, 94, 0), (240, 228, 66), (255, 255, 255)])  # lightness rises all the way
-OUTLINE = (86, 180, 233)  # sky blue: far from the ramp for any eye
+RAMP = np.array([(0, 0, 0), (213, 94, 0), (240, 228, 66), (255, 255, 255)])  # with rising lightness
+OUTLINE = (86, 180, 233)  # sky blue: different from the ramp also for colour-blind readers
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -26,18 +26,18 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def opened(path: Path) -> Image.Image:
-    """An image in memory, its file closed."""
+    """An image in memory, after closing its file."""
     with Image.open(path) as image:
         return image.copy()
 
 
 def embedded(path: Path) -> str:
-    """An image file as it is."""
+    """An image file, unchanged, as a data URI."""
     return data_uri(path.read_bytes(), "png" if path.suffix == ".png" else "jpeg")
 
 
 def outline(mask: Image.Image) -> NDArray[np.bool_]:
-    """The border of a mask, two pixels wide, just outside of it: (H, W)."""
+    """The border of a mask, two pixels wide, just outside the mask: (H, W)."""
     grown = mask.filter(ImageFilter.MaxFilter(5))
     return (np.asarray(grown) > 127) & (np.asarray(mask) <= 127)
 
@@ -53,7 +53,7 @@ def overlay(image: Image.Image, values: NDArray[np.float64], mask: Image.Image |
     heat = Image.fromarray((255 * np.clip(values, 0, 1)).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
     level = np.asarray(heat, dtype=np.float64) / 255
     colour = np.stack([np.interp(level, LEVELS, channel) for channel in RAMP.T], axis=-1)
-    share = (0.9 * level**0.75)[..., None]  # where it is cold the image is seen
+    share = (0.9 * level**0.75)[..., None]  # the image stays visible where the map is cold
     grey = 0.45 * np.asarray(image.convert("L"), dtype=np.float64)[..., None]
     picture = share * colour + (1 - share) * grey
     if mask is not None:
@@ -61,12 +61,12 @@ def overlay(image: Image.Image, values: NDArray[np.float64], mask: Image.Image |
     target = io.BytesIO()
     Image.fromarray(picture.round().astype(np.uint8)).save(
         target, "JPEG", quality=QUALITY, subsampling=0
-    )  # the thin outline keeps its colour
+    )  # no subsampling, so that the thin outline keeps its colour
     return data_uri(target.getvalue(), "jpeg")
 
 
 def gallery(out: Path, data: str, rows: Sequence[Row], folders: Mapping[tuple[str, str, int], Path]) -> dict[str, Any]:
-    """The sample images of one data set with their masks and every detector's heat map."""
+    """The sample images of one data set, with their masks and every detector's heat maps."""
     folder = out / "samples" / data
     listing = folder / "samples.json"
     listed = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else []

@@ -1,6 +1,6 @@
 """The benchmark's page: one HTML file that opens from disk, without a network.
 
-``python -m anomalib_csflow.benchmark.page.report OUT`` writes OUT/report.html anew from what a benchmark left in OUT.
+``python -m anomalib_csflow.benchmark.page.report OUT`` writes OUT/report.html again, from a benchmark's results in OUT.
 """
 
 import json
@@ -19,7 +19,7 @@ from . import comparisons, drawing, pictures, sections
 
 
 def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The benchmark's rows, and what is known of its machine.
+    """The benchmark's rows, and what is known about its machine.
 
     Raises:
         FileNotFoundError: if there are none in that folder.
@@ -33,7 +33,7 @@ def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
     found = results.get("format") if isinstance(results, dict) else None
     if found != FORMAT:
         msg = (
-            f"{path} has format {found!r} and this version reads format {FORMAT}: "
+            f"{path} has format {found!r}, but this version reads format {FORMAT}: "
             "run the benchmark again, or install the version that wrote it"
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""What the head and the tables of the benchmark's page say: plain values for the template."""
+"""Contents of the head and the tables of the benchmark's page: plain values for the template."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ HEADLINES = {
 
 
 def written(value: Any) -> str:
-    """A setting for people: sizes as 256 x 256, mappings as name value, lists with commas.
+    """A setting as text: sizes as 256 x 256, mappings as name value, lists with commas.
 
     >>> written([256, 320]), written({"torch": "2.15", "timm": "1.0"}), written(["a", "b"])
     ('256 \N{MULTIPLICATION SIGN} 320', 'torch 2.15, timm 1.0', 'a, b')
@@ -31,13 +31,13 @@ def written(value: Any) -> str:
 
 
 def distinct(rows: Iterable[Row], key: str) -> list[str]:
-    """What rows say under a key, once each, empty answers left out."""
+    """Distinct values of a key in the rows, as text, without empty ones."""
     found = (getattr(row, key) for row in rows)
     return list(dict.fromkeys(written(value) for value in found if value not in (None, "", [], {})))
 
 
 def facts(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The head: title to what is known of it, empty titles left out."""
+    """The head: lines for each title; empty titles are left out."""
     done = [row for row in rows if row.done]
     data = []
     for name in overview.names(rows, "data"):
@@ -63,7 +63,7 @@ def facts(rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, list[str
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What is not the same for all: each note once, with the detectors and data sets that it is about."""
+    """What is not the same for all: each note once, with the detectors and data sets that it applies to."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for note in row.notes:
@@ -97,7 +97,7 @@ def settings(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def glance(figures: Figures, data_sets: Sequence[str]) -> list[dict[str, Any]]:
-    """The best of each data set in what matters first."""
+    """The best detectors on each data set in the main figures."""
     found = []
     for data in data_sets:
         lines = []
@@ -114,7 +114,7 @@ def glance(figures: Figures, data_sets: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def frames(found: Sequence[standings.Standing]) -> list[dict[str, Any]]:
-    """The tables over all data sets; none where there is one set alone and no PatchCore to compare with."""
+    """The tables over all data sets; without the comparison if there is no PatchCore."""
     both = {standings.OVER_ALL: standings.table(found), standings.BESIDE: standings.duels(found)}
     return [
         {"title": title, "columns": list(frame.columns), "rows": frame.to_numpy().tolist()}
@@ -124,7 +124,7 @@ def frames(found: Sequence[standings.Standing]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
-    """Columns, groups and rows of the summary: first what is done, by data and accuracy, then what failed."""
+    """Columns, groups and rows of the summary: first finished runs, by data and accuracy, then failed ones."""
     columns = overview.measured(figures, overview.COLUMNS)
     groups: dict[str, int] = {}
     for column in columns:

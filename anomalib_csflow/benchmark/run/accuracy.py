@@ -1,4 +1,4 @@
-"""How good scores and maps are, by anomalib's metrics, and the curves behind them."""
+"""How good scores and maps are: anomalib's metrics, and the curves behind them."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ PIXEL_METRICS = ("pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO")
 THRESHOLD = "of each half of the test images the F1 threshold was chosen on the other half"
 CURVE_POINTS = 200
 PIXELS_FOR_F1 = 20_000_000
-AUPIMO_THRESHOLDS = 30_000  # its default of 300,000 takes a minute and 6 GB for 600 images
+AUPIMO_THRESHOLDS = 30_000  # the default of 300,000 takes a minute and 6 GB for 600 images
 
 
 def comparable(values: Tensor) -> Tensor:
-    """Scores or maps of a whole test set, to [0, 1] by one rising line, so that their ranking stays as it is.
+    """Scale the scores or maps of a whole test set linearly to [0, 1], which keeps their ranking.
 
-    anomalib's default scales by validation scores and clamps what falls outside, and its AUROC puts larger
-    scores through a sigmoid that rounds to 1: both tie scores that differ.
+    anomalib's default scales by validation scores and clamps values outside their range, and its AUROC puts
+    larger scores through a sigmoid that rounds to 1: both make different scores equal.
 
     Raises:
         ValueError: if a value is not finite.
@@ -44,14 +44,14 @@ def comparable(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of a test set, as it says it.
+    """A model's own scores and maps on a test set, before any scaling.
 
     Args:
         paths: the images.
-        scores: (N,), larger for worse.
+        scores: (N,), higher is more anomalous.
         labels: (N,), true for defective.
-        maps: (N, H, W), or None where the model has none.
-        masks: (N, H, W), true for defective, or None where the data set has none.
+        maps: (N, H, W), or None if the model has none.
+        masks: (N, H, W), true for defective, or None if the data set has none.
     """
 
     paths: list[Path]
@@ -61,7 +61,7 @@ class Predictions:
     masks: Tensor | None
 
     def __getitem__(self, index: Tensor) -> "Predictions":
-        """A part of the images."""
+        """The predictions of some of the images."""
         maps, masks = (None if value is None else value[index] for value in (self.maps, self.masks))
         paths = [self.paths[i] for i in index.tolist()]
         return Predictions(paths, self.scores[index], self.labels[index], maps, masks)
@@ -77,12 +77,12 @@ class Predictions:
         return self.maps is not None and self.masks is not None and bool(self.masks.any())
 
     def comparable(self) -> "Predictions":
-        """The same with scores and maps in [0, 1]: the metrics would squash others."""
+        """The same with scores and maps in [0, 1], because the metrics would squash other values."""
         maps = None if self.maps is None else comparable(self.maps)
         return replace(self, scores=comparable(self.scores), maps=maps)
 
     def batch(self) -> ImageBatch:
-        """All images as one batch of anomalib's, whose metrics read it; the images themselves are left out."""
+        """All images as one anomalib batch for its metrics; the images themselves are left out."""
         image = torch.zeros(len(self.paths), 3, 1, 1)
         return ImageBatch(
             image=image, gt_label=self.labels, gt_mask=self.masks, pred_score=self.scores, anomaly_map=self.maps
@@ -90,7 +90,7 @@ class Predictions:
 
 
 def evaluate(predictions: Predictions) -> dict[str, float]:
-    """All metrics, shares of 1; NaN for pixels where there are no maps or no masks."""
+    """All metrics, between 0 and 1; pixel metrics are NaN if there are no maps or no masks."""
     predictions = predictions.comparable()
     batch = predictions.batch()
     values = dict.fromkeys((*IMAGE_METRICS, *PIXEL_METRICS), float("nan"))
@@ -104,7 +104,7 @@ def evaluate(predictions: Predictions) -> dict[str, float]:
         values["AUPRO"] = _value(AUPRO(fields=["anomaly_map", "gt_mask"]), batch)
         values["pixel_F1"] = _f1(pixels)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns where a small test set makes it coarse
+            warnings.simplefilter("ignore")  # a warning that AUPIMO is coarse on a small test set
             values["AUPIMO"] = _aupimo(batch)
     return values
 
@@ -116,7 +116,7 @@ def _value(metric: Any, batch: ImageBatch) -> float:
 
 
 def _aupimo(batch: ImageBatch) -> float:
-    """AUPIMO, or NaN where too few pixels of good images are there for its false positive rates."""
+    """AUPIMO, or NaN if there are too few pixels of good images for its false positive rates."""
     try:
         return _value(AUPIMO(fields=["anomaly_map", "gt_mask"], num_thresholds=AUPIMO_THRESHOLDS), batch)
     except (RuntimeError, ValueError):
@@ -124,14 +124,14 @@ def _aupimo(batch: ImageBatch) -> float:
 
 
 def _pixels(half: Predictions) -> tuple[Tensor, Tensor]:
-    """Maps and masks as vectors, evenly thinned out where there are more than sorting is worth."""
-    assert half.maps is not None and half.masks is not None  # noqa: S101, PT018 (has_pixels was asked)
+    """Maps and masks as vectors, with every n-th pixel if sorting all would take too long."""
+    assert half.maps is not None and half.masks is not None  # noqa: S101, PT018 (has_pixels is true)
     step = max(1, half.maps.numel() // PIXELS_FOR_F1)
     return half.maps.flatten()[::step], half.masks.flatten()[::step]
 
 
 def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
-    """F1 of all, each half judged by the threshold that is best on the other."""
+    """F1 of all, where each half is judged by the best threshold of the other half."""
     labels = []
     for (scores, _), (other_scores, other_truth) in zip(halves, halves[::-1], strict=True):
         precision, recall, thresholds = binary_precision_recall_curve(other_scores, other_truth.int())
@@ -148,12 +148,12 @@ def curves(predictions: Predictions) -> dict[str, Tensor]:
     if predictions.has_pixels:
         metric = AUPRO(fields=["anomaly_map", "gt_mask"])
         metric.update(predictions.batch())
-        found["pro"] = torch.stack(metric._compute())  # its public way to the curve is a figure
+        found["pro"] = torch.stack(metric._compute())  # the public methods only plot the curve
     return {name: _thinned(curve) for name, curve in found.items()}
 
 
 def scores(predictions: Predictions) -> dict[str, NDArray[Any]]:
-    """Image scores as the model gives them and labels, in the order of the paths, which stand beside them."""
+    """The model's own image scores, the labels and the paths, in the order of the paths."""
     order = sorted(range(len(predictions.paths)), key=lambda i: predictions.paths[i])
     return {
         "scores": predictions.scores[order].numpy(),
@@ -163,7 +163,7 @@ def scores(predictions: Predictions) -> dict[str, NDArray[Any]]:
 
 
 def _thinned(curve: Tensor) -> Tensor:
-    """At most so many of a curve's points, ends included."""
+    """At most ``CURVE_POINTS`` points of a curve, ends included."""
     if curve.shape[1] <= CURVE_POINTS:
         return curve
     return curve[:, torch.linspace(0, curve.shape[1] - 1, CURVE_POINTS).round().long()]

@@ -1,7 +1,7 @@
-"""Anomalib's own models on our backbones, weights and sizes: each function takes what a detector of ours takes.
+"""Anomalib's own models on our backbones, weights and sizes: each function takes the arguments of our detectors.
 
-Every model is built by anomalib's constructor, which finds our frozen layers where it would make an extractor of its
-own; flows, losses, optimizers, scores and maps stay anomalib's, and so do all defaults that are not named here. So a
+Every model is built by anomalib's constructor, which gets our frozen layers instead of making its own extractor;
+flows, losses, optimizers, scores and maps stay anomalib's, and so do all defaults that are not named here. So a
 model can have any backbone, layer and source of weights, and nothing is downloaded that is not used.
 """
 
@@ -29,7 +29,7 @@ from anomalib_csflow.features.weights import create_backbone, normalization
 ImageSize = int | Sequence[int]
 
 CSFLOW_LAYER = "features.6.8"
-"""The name by which Csflow asks for its layer, whichever it is given."""
+"""The name by which Csflow looks up its layer, whichever layer it gets."""
 
 
 class _Layers(nn.Module):
@@ -50,7 +50,7 @@ class _Layers(nn.Module):
 
 
 class _NamedLayers(_Layers):
-    """The same as a dictionary, as anomalib's extractor gives them."""
+    """The same as a dictionary, like the output of anomalib's extractor."""
 
     def __init__(self, backbone: str, weights: str, layers: Sequence[str], names: Sequence[str] | None = None) -> None:
         super().__init__(backbone, weights, layers)
@@ -64,7 +64,7 @@ class _NamedLayers(_Layers):
 
 @contextmanager
 def _extractor(module: Any, layers: nn.Module) -> Iterator[None]:
-    """Anomalib's constructors get these layers instead of making an extractor."""
+    """Give anomalib's constructors these layers instead of an extractor."""
     with mock.patch.object(module, "TimmFeatureExtractor", return_value=layers):
         yield
 
@@ -79,9 +79,9 @@ def _pre_processor(backbone: str, image_size: ImageSize, antialias: bool) -> Pre
 
 
 def _check_size(name: str, image_size: ImageSize, multiple: int) -> None:
-    """Say before the work what anomalib's model would fail at in its first step."""
+    """Raise now, before anomalib's model fails in its first step."""
     if any(side % multiple for side in _size(image_size)):
-        msg = f"anomalib's {name} takes multiples of {multiple} pixels with these layers, got image_size={image_size}"
+        msg = f"anomalib's {name} needs multiples of {multiple} pixels with these layers, got image_size={image_size}"
         raise ValueError(msg)
 
 
@@ -110,14 +110,14 @@ def csflow(
     kernel_sizes: Sequence[int],
     hidden_channels: int,
 ) -> Csflow:
-    """Anomalib's Csflow with one block per kernel size, and its couplings for other channels than 304.
+    """Anomalib's Csflow with one block per kernel size, and couplings for any number of channels, not only 304.
 
     Raises:
         ValueError: if the layer's map cannot be halved twice at this image size.
     """
     layers = _NamedLayers(backbone, weights, [layer], [CSFLOW_LAYER])
     _check_size("Csflow", image_size, 4 * layers.feature_info.reduction()[0])
-    # Csflow makes its own backbone to give it to the extractor, with weights from a hub
+    # Csflow makes its own backbone for the extractor, with weights from a hub
     with _extractor(csflow_model, layers), mock.patch.object(csflow_model, "efficientnet_b5"):
         model = Csflow(
             cross_conv_hidden_channels=hidden_channels,
@@ -139,10 +139,10 @@ def fast_flow(
     layers: Sequence[str],
     **options: Any,
 ) -> Fastflow:
-    """Anomalib's Fastflow, which else takes four backbones; options are its own.
+    """Anomalib's Fastflow, which itself only supports four backbones; options are its own.
 
     Raises:
-        ValueError: if a layer's stride does not divide the image size, to which its norms are bound.
+        ValueError: if a layer's stride does not divide the image size, to which its norms are tied.
     """
     extractor = _Layers(backbone, weights, layers)
     _check_size("Fastflow", image_size, max(extractor.feature_info.reduction()))
@@ -159,7 +159,7 @@ def cflow(
     layers: Sequence[str],
     **options: Any,
 ) -> Cflow:
-    """Anomalib's Cflow; options are its own. Its fiber batches must fit into the least batch's coarsest map."""
+    """Anomalib's Cflow; options are its own. Its fiber batches must fit into the coarsest map of the smallest batch."""
     with _extractor(cflow_model, _NamedLayers(backbone, weights, layers)):
         return Cflow(backbone, layers, pre_processor=_pre_processor(backbone, image_size, antialias), **options)
 
@@ -179,14 +179,14 @@ def padim(
 
 
 def farthest_first(vectors: Tensor, count: int) -> Tensor:
-    """Indices of a greedy k-centre selection: after one at random, always the vector farthest from all chosen ones.
+    """Indices of a greedy k-centre selection: after a random first one, always the vector farthest from those chosen.
 
-    Anomalib's rule, on the vectors themselves: its sampler first makes 300 and more random sums of their 100 to 200
-    numbers, and writes all differences from the last centre to memory. One product with the centre does instead.
+    Anomalib's rule, on the vectors themselves: its sampler first projects their 100 to 200 numbers to 300 and more
+    random sums, and writes all differences from the last centre to memory. Here, one product with the centre is enough.
 
     Args:
         vectors: (N, D).
-        count: how many, at most N.
+        count: number of vectors to choose, at most N.
 
     Returns:
         (count,), all different.
@@ -199,16 +199,16 @@ def farthest_first(vectors: Tensor, count: int) -> Tensor:
         chosen[place] = index
         distances = torch.addmv(squares, vectors, vectors[index], alpha=-2).add_(squares[index])
         torch.minimum(nearest, distances, out=nearest)
-        nearest[index] = -torch.inf  # where all others are its twins, it is not chosen again
+        nearest[index] = -torch.inf  # not chosen again, even if all others are equal to it
         index = nearest.argmax()
     return chosen
 
 
 class BoundedPatchcore(Patchcore):
-    """Anomalib's PatchCore with a bound on its memory: a share of hundreds of images takes hours to choose.
+    """Anomalib's PatchCore with a limit on its memory, because selecting it from hundreds of images takes hours.
 
     Args:
-        max_vectors: the most that the memory keeps, where the coreset's ratio gives more.
+        max_vectors: largest number of vectors in the memory, if the coreset's ratio gives more.
         options: anomalib's own.
     """
 
@@ -217,7 +217,7 @@ class BoundedPatchcore(Patchcore):
         self.max_vectors = max_vectors
 
     def fit(self) -> None:
-        """Choose the memory from all features that were collected."""
+        """Choose the memory from all collected features."""
         vectors = torch.vstack(self.model.embedding_store)
         self.model.embedding_store.clear()
         count = min(max(1, int(len(vectors) * self.coreset_sampling_ratio)), self.max_vectors)
@@ -234,7 +234,7 @@ def patchcore(
     max_vectors: int | None = None,
     **options: Any,
 ) -> Patchcore:
-    """Anomalib's PatchCore; options are its own, max_vectors bounds its memory (see :class:`BoundedPatchcore`)."""
+    """Anomalib's PatchCore; options are its own, max_vectors limits its memory (see :class:`BoundedPatchcore`)."""
     options |= {"layers": layers, "pre_processor": _pre_processor(backbone, image_size, antialias)}
     with _extractor(patchcore_model, _NamedLayers(backbone, weights, layers)):
         if max_vectors is None:

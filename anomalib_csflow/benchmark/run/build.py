@@ -1,4 +1,4 @@
-"""A run's model: the same weights, size and pre-processing for all as far as a model can take them, and where not."""
+"""The model of a run: with the same weights, size and pre-processing as the others as far as it can take them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from .plan import Run, accepts, import_named
 
 
 def model(run: Run) -> AnomalibModule:
-    """The run's model: its own arguments, and of the shared settings those that its constructor takes.
+    """The run's model, with its own arguments and those of the shared settings that its constructor takes.
 
-    Anomalib's own models know no ``weights`` and no ``image_size``: package weights are put where timm finds them,
-    and the size goes into a pre-processor with the normalization that the backbone was trained with.
+    Anomalib's own models have no arguments ``weights`` and ``image_size``: package weights are put where timm finds
+    them, and the size goes into a pre-processor with the normalization that the backbone was trained with.
     """
     build, arguments = _call(run)
     own, shared = run.detector.init_args, run.shared
@@ -33,7 +33,7 @@ def model(run: Run) -> AnomalibModule:
 
 
 def _call(run: Run) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What builds the run's model, with its own arguments and those of the shared ones that it takes."""
+    """The class or function of the run's model, its own arguments, and those of the shared ones that it takes."""
     build = import_named(run.detector.class_path, anomalib.models, "detector")
     shared = {key: value for key, value in run.shared.items() if accepts(build, key)}
     return build, shared | run.detector.init_args
@@ -45,7 +45,7 @@ def pair(size: int | Sequence[int]) -> list[int]:
 
 
 def image_size(detector: AnomalibModule) -> list[int] | None:
-    """Height and width that a model's pre-processor makes, if it makes one."""
+    """Height and width that a model's pre-processor resizes to; None if it does not resize."""
     transform = getattr(detector.pre_processor, "transform", None)
     for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, Resize) and step.size is not None:
@@ -54,7 +54,7 @@ def image_size(detector: AnomalibModule) -> list[int] | None:
 
 
 def settings(run: Run, detector: AnomalibModule) -> dict[str, Any]:
-    """Backbone, weights and size as the model has them, and sentences on what is not as for the others."""
+    """Backbone, weights and size of the model, and notes on what differs from the other detectors."""
     build, arguments = _call(run)
     backbone = arguments.get("backbone")
     notes = [run.detector.note] if run.detector.note else []
@@ -72,5 +72,5 @@ def settings(run: Run, detector: AnomalibModule) -> dict[str, Any]:
     if arguments.get("antialias", True) != run.shared.get("antialias", True) and accepts(build, "antialias"):
         notes.append(f"resized {'with' if arguments.get('antialias', True) else 'without'} antialiasing")
     classes = (kind.__module__ for kind in type(detector).__mro__ if not kind.__module__.startswith(__package__))
-    origin = next(classes).partition(".")[0]  # a baseline that is changed here is still anomalib's
+    origin = next(classes).partition(".")[0]  # a baseline that is adapted here still counts as anomalib's
     return {"origin": origin, "backbone": backbone, "weights": source, "image_size": size, "notes": notes}

@@ -1,4 +1,4 @@
-"""The benchmark's configuration: entries of detectors and data sets, checked before any work."""
+"""The benchmark's configuration: entries for detectors and data sets, checked before any work starts."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from .plan import DataSet, Detector, accepts, import_named
 
 FOLDER = "anomalib.data.Folder"
 LENGTHS = ("epochs", "steps")
-"""What can say how long a detector trains."""
+"""Keys that set how long a detector trains."""
 
 
 def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]:
-    """The entry of the configuration, if it has the known keys only."""
+    """The entry of the configuration, if it only has known keys."""
     known = list(inspect.signature(kind).parameters)
     unknown = [key for key in values if key not in known]
     if unknown or "class_path" not in values:
@@ -46,11 +46,11 @@ def _recipe(name: Path, base: Path) -> dict[str, Any]:
 
 
 def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
-    """A detector of the configuration: a class path with arguments, or ``config``, a recipe with what to change.
+    """A detector of the configuration: a class path with arguments, or ``config``, a recipe, with changes to it.
 
     Args:
-        entry: what the configuration says.
-        base: the folder that relative paths of recipes begin at.
+        entry: the entry of the configuration.
+        base: the folder that relative paths of recipes refer to.
 
     Raises:
         ValueError: for an unknown class, key or argument.
@@ -74,9 +74,9 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
 
 
 def folders(root: Path) -> list[DataSet]:
-    """The data sets in MVTec AD's layout at a folder or in its subfolders, nothing of whose test set is for training.
+    """The data sets in MVTec AD's layout at a folder or in its subfolders; no test image is used in training.
 
-    Where there is none, a single one says so as its error.
+    If there is none, the result is a single data set with an error that says so.
     """
     if (root / "train" / "good").is_dir():
         found = [root]
@@ -94,7 +94,7 @@ def _folder(path: Path) -> DataSet:
     kinds = sorted(folder.name for folder in test.iterdir() if folder.is_dir()) if test.is_dir() else []
     defects = [kind for kind in kinds if kind != "good"]
     if "good" not in kinds or not defects:
-        msg = f"{test.absolute()} needs a folder good and one for each kind of defect, or there is nothing to measure"
+        msg = f"{test.absolute()} needs a folder good and one for each kind of defect: nothing can be measured without"
         return DataSet(FOLDER, name=path.name, error=msg)
     masks = [f"ground_truth/{kind}" for kind in defects]
     arguments: dict[str, Any] = {
@@ -111,7 +111,7 @@ def _folder(path: Path) -> DataSet:
 
 
 def read_data(entry: Mapping[str, Any] | str) -> list[DataSet]:
-    """Data sets of the configuration: a folder, or a datamodule's class path with arguments."""
+    """Data sets of a configuration entry: a folder, or the class path of a datamodule with arguments."""
     if isinstance(entry, str):
         return folders(Path(entry))
     data = DataSet(**_checked(entry, DataSet, "a data set"))

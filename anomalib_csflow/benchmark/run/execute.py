@@ -1,4 +1,4 @@
-"""Measure runs: each in processes of its own, several at once if asked, with the progress and the time that is left."""
+"""Measure runs: each in its own processes, several at once if requested, showing progress and remaining time."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from anomalib_csflow.benchmark.rows import Row, write_json
 from . import timing
 from .plan import Run
 
-ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception)\b.*)")  # as Python's tracebacks end, without the module
-LOG_TAIL = 20_000  # characters in which the last line of an error is looked for
+ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception)\b.*)")  # the end of a Python traceback, without the module
+LOG_TAIL = 20_000  # number of characters that are searched for the last line of an error
 
 
 def measure_all(
@@ -37,15 +37,15 @@ def measure_all(
     console: Console,
     jobs: int = 1,
 ) -> None:
-    """Measure runs and write their rows; a failure is a row too, and the others go on.
+    """Measure runs and write their rows; a failed run has a row too, and the others continue.
 
     Args:
         runs: what to measure.
         out: the folder of the benchmark.
-        seconds: estimate of each run's seconds, by its slug.
-        broken: what is wrong with data sets, by name: their runs fail without being tried.
+        seconds: estimated seconds of each run, by its slug.
+        broken: what is wrong with data sets, by name: their runs fail without being started.
         console: where progress is shown.
-        jobs: how many at once; threads are enough, since they wait for processes.
+        jobs: number of runs at once; threads are enough, since they wait for processes.
     """
     places: Queue[int] = Queue()
     for place in range(jobs):
@@ -77,22 +77,22 @@ def measure_all(
                 progress.update(whole, description=f"{count} of {len(futures)} runs", left=left)
                 console.print(_said(row), markup=False, highlight=False, soft_wrap=True)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # or those that wait would still be measured
+            pool.shutdown(wait=False, cancel_futures=True)  # otherwise pending runs would still be measured
             raise
 
 
 def measure(run: Run, out: Path, broken: str, env: dict[str, str]) -> Row:
-    """Go through the stages of one run, one after the other, and write its row.
+    """Do the stages of one run, one after the other, and write its row.
 
     Args:
         run: what to measure.
         out: the folder of the benchmark.
-        broken: what is wrong with its data set, or nothing.
+        broken: what is wrong with its data set; empty if nothing is.
         env: the environment of its processes.
     """
     folder = out / "runs" / run.slug
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log.txt", "fit.json", "export.json", "openvino.json"):  # of an earlier try
+    for name in ("log.txt", "fit.json", "export.json", "openvino.json"):  # from an earlier attempt
         (folder / name).unlink(missing_ok=True)
     run.save(folder / "run.json")
     values: dict[str, Any] = {
@@ -130,7 +130,7 @@ def measure(run: Run, out: Path, broken: str, env: dict[str, str]) -> Row:
 
 
 def environment(place: int, jobs: int) -> dict[str, str]:
-    """Of the processes of one of several jobs: its share of the processors, its own accelerator."""
+    """Environment for the processes of one of several jobs: its share of the processors, its own accelerator."""
     found = dict(os.environ)
     found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     count = torch.cuda.device_count()
@@ -141,17 +141,17 @@ def environment(place: int, jobs: int) -> dict[str, str]:
 
 
 def _stage(stage: str, folder: Path, env: dict[str, str]) -> str:
-    """Run a stage's process with its output in the log; returns why it failed, or nothing."""
+    """Run the process of a stage, with its output in the log; returns why it failed, or an empty string."""
     command = [sys.executable, "-m", "anomalib_csflow.benchmark.run.stage", stage, str(folder)]
     with (folder / "log.txt").open("a") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode == -signal.SIGINT:  # by the one who has started this: no failure of the run's
+    if done.returncode == -signal.SIGINT:  # from the user who started this, so the run has not failed
         raise KeyboardInterrupt
     return "" if done.returncode == 0 else _reason(done.returncode, folder / "log.txt")
 
 
 def _openvino(xml: str, threads: int, folder: Path, env: dict[str, str]) -> str:
-    """Time the exported model without torch; returns why it failed, or nothing."""
+    """Time the exported model without torch; returns why it failed, or an empty string."""
     command = [sys.executable, timing.__file__, xml, str(folder / "batches.npz"), str(threads)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     with (folder / "log.txt").open("a") as log:
@@ -163,13 +163,13 @@ def _openvino(xml: str, threads: int, folder: Path, env: dict[str, str]) -> str:
 
 
 def _read(folder: Path, stage: str) -> dict[str, Any]:
-    """What a stage measured; nothing where it did not get so far."""
+    """What a stage measured; empty if it did not get that far."""
     path = folder / f"{stage}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _reason(code: int, log: Path) -> str:
-    """Why a process ended, in a sentence."""
+    """Why a process failed, in one sentence."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (" (is there enough memory?)" if name == "SIGKILL" else "")
@@ -179,6 +179,6 @@ def _reason(code: int, log: Path) -> str:
 
 
 def _said(row: Row) -> str:
-    """A run's end in a line."""
+    """The outcome of a run in one line."""
     result = f"failed: {row.reason}" if not row.done else f"image AUROC {row.figures['image_AUROC']:.3f}"
     return f"{row.data}, {row.detector}, seed {row.seed}: {result}, {row.run_s:.0f} s"

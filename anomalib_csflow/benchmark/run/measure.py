@@ -1,4 +1,4 @@
-"""Measure one model on one data set: training, predictions as they are, latency."""
+"""Measure one model on one data set: training, raw predictions, latency."""
 
 import statistics
 import tempfile
@@ -22,7 +22,7 @@ from .accuracy import Predictions
 
 
 class _Collector(Callback):
-    """Keeps what a test predicts."""
+    """Keeps the predictions of a test."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Any]] = []
@@ -55,11 +55,11 @@ class _Collector(Callback):
 def fit(
     model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, *, thresholds: bool = False, **trainer: Any
 ) -> float:
-    """Train in anomalib's engine; returns the seconds, with the features computed once and none known before."""
+    """Train in anomalib's engine, starting with an empty feature cache; returns the seconds."""
     with tempfile.TemporaryDirectory() as cache:
         engine = Engine(default_root_dir=root, callbacks=[FeatureCache(cache)], **trainer)
         processor = model.post_processor
-        model.post_processor = processor if thresholds else None  # else they are not what is measured
+        model.post_processor = processor if thresholds else None  # so that thresholds take no time
         start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
         model.post_processor = processor
@@ -67,7 +67,7 @@ def fit(
 
 
 def predict(model: AnomalibModule, datamodule: AnomalibDataModule, root: Path, **trainer: Any) -> Predictions:
-    """What the model says of the test set, in the ranking that it gives itself."""
+    """The model's predictions on the test set, without anomalib's normalization."""
     components = model.post_processor, model.evaluator, model.visualizer
     model.post_processor, model.evaluator, model.visualizer = None, Evaluator(), None
     collector = _Collector()
@@ -84,13 +84,13 @@ def openvino_latency(model: AnomalibModule, images: Sequence[Path], root: Path) 
     """Export to OpenVINO and predict the images one by one.
 
     Returns:
-        The median time of an image in ms, reading and pre-processing included, and the inferencer.
+        The median time per image in ms, with reading and pre-processing, and the inferencer.
     """
     model.eval()
     xml = Engine(default_root_dir=root).export(model, ExportType.OPENVINO, export_root=root)
-    assert xml is not None  # noqa: S101 (None is for unknown formats alone)
+    assert xml is not None  # noqa: S101 (None is only for unknown formats)
     inferencer = OpenVINOInferencer(xml, device="CPU", config={"CACHE_DIR": str(root / "openvino_cache")})
-    inferencer.predict(str(images[0]))  # the first compiles for the image's size
+    inferencer.predict(str(images[0]))  # the first prediction compiles for the image's size
     seconds = []
     for image in images:
         start = time.perf_counter()

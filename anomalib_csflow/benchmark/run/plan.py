@@ -1,4 +1,4 @@
-"""What is to be measured: detectors x data sets x seeds."""
+"""What a benchmark measures: detectors x data sets x seeds."""
 
 import hashlib
 import inspect
@@ -17,9 +17,9 @@ from anomalib.data import AnomalibDataModule
 import anomalib_csflow
 from anomalib_csflow.benchmark.rows import write_json
 
-MAX_NAME = 80  # letters; a run's folder has two names, a seed and a digest, and a folder at most 255 bytes
+MAX_NAME = 80  # letters; the name of a run's folder has two names, a seed and a digest, and at most 255 bytes
 SHARED = ("backbone", "weights", "image_size", "antialias")
-"""What the detectors of a benchmark have in common; each is given those that its constructor takes."""
+"""Settings that the detectors of a benchmark share; each detector gets those that its constructor takes."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Detector:
     """One detector of a benchmark.
 
     Args:
-        class_path: import path of a class or of a function that returns an anomalib model; a name of this package or
-            of ``anomalib.models`` will do.
+        class_path: import path of a class, or of a function that returns an anomalib model; or a name of this package
+            or of ``anomalib.models``.
         init_args: its arguments.
-        name: what tables call it; default the last part of the class path.
-        epochs: epochs of training; this or steps is needed where the model does not say by itself.
-        steps: optimizer steps of training; with epochs too, what comes first ends it.
+        name: its name in tables; by default the last part of the class path.
+        epochs: epochs of training; either this or steps is needed, unless the model sets its own length.
+        steps: optimizer steps of training; if epochs are given too, training ends at whichever comes first.
         train_batch_size: images per step.
         eval_batch_size: images per step of the test.
-        num_workers: processes that read images.
-        note: a sentence for the table: what is not as for the others.
+        num_workers: number of processes that read images.
+        note: a sentence for the table about what differs from the other detectors.
     """
 
     class_path: str
@@ -51,13 +51,13 @@ class Detector:
 
     @property
     def length(self) -> dict[str, int]:
-        """How long the trainer trains; nothing where the model is to say so."""
+        """How long the trainer trains; empty if the model decides."""
         if self.steps is not None:
             return {"max_steps": self.steps, "max_epochs": self.epochs or -1}
         return {} if self.epochs is None else {"max_epochs": self.epochs}
 
     def images_seen(self, images: int) -> int:
-        """Images that a fit on a training set of so many goes through."""
+        """Number of images that a fit processes, with repetitions, for a training set of the given size."""
         own = self.init_args.get("max_steps")
         if own:  # one epoch of whole batches, however many images there are
             return int(own) * self.train_batch_size
@@ -73,7 +73,7 @@ class DataSet:
     Args:
         class_path: the datamodule.
         init_args: its arguments.
-        name: what tables and folders call it.
+        name: its name in tables and folders.
         error: what is wrong with it, if that is known before it is read.
     """
 
@@ -88,12 +88,12 @@ class Run:
     """A detector on a data set with a seed: what one row of the table measures.
 
     Args:
-        detector: what is measured.
-        data: on what.
+        detector: the detector that is measured.
+        data: the data set.
         seed: of the random numbers.
-        shared: what all detectors are given that can take it.
-        accelerator: as Lightning names it.
-        in_full: keep heat maps, export and time it too: of one seed, since these do not depend on it.
+        shared: settings for all detectors that can take them.
+        accelerator: Lightning's name for it.
+        in_full: also keep heat maps, export and time the model; only with one seed, since these do not depend on it.
     """
 
     detector: Detector
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def slug(self) -> str:
-        """The folder of the run's results: names for people, a digest of all settings for resuming."""
+        """Name of the folder of the run's results: readable names, and a digest of all settings for resuming."""
         names = f"{self.detector.name}-{self.data.name}-{self.seed}"
         plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in names)
         settings = json.dumps(asdict(self), sort_keys=True, default=str)
@@ -123,10 +123,10 @@ class Run:
 
 
 def import_named(name: str, home: Any, what: str) -> Callable[..., Any]:
-    """A class or function by its import path, or by its name in this package or in a module of anomalib's.
+    """A class or function by its import path, or by its name in this package or in a module of anomalib.
 
     Raises:
-        ValueError: if there is none; says what is near.
+        ValueError: if there is none; the message lists similar names.
     """
     for module in (anomalib_csflow, home):
         if name in getattr(module, "__all__", ()):
@@ -169,8 +169,8 @@ def runs(
     """All runs, seed by seed; those of the first seed are measured in full.
 
     Raises:
-        ValueError: for two detectors or data sets of one name, a name that no folder can have, or an unknown shared
-            setting.
+        ValueError: if two detectors or data sets have the same name, a name cannot be that of a folder, or a shared
+            setting is unknown.
     """
     for what, names in (("detectors", [d.name for d in detectors]), ("data sets", [d.name for d in data])):
         twice = {name for name in names if names.count(name) > 1}
@@ -180,7 +180,7 @@ def runs(
         wrong = [name for name in names if len(name) > MAX_NAME or name in {"", ".", ".."} or set(name) & set("/\\\0")]
         if wrong:
             msg = (
-                f"benchmark: {what} name folders, which {wrong[0]!r} cannot: use up to {MAX_NAME} letters and no slash"
+                f"benchmark: {wrong[0]!r} in {what} cannot be a folder name: use up to {MAX_NAME} letters and no slash"
             )
             raise ValueError(msg)
     unknown = [key for key in shared if key not in SHARED]
@@ -189,7 +189,7 @@ def runs(
         raise ValueError(msg)
     return [
         Run(detector, data_set, seed, shared, accelerator, in_full=seed == seeds[0])
-        for seed in seeds  # the first for all, so that a run that is cut short has measured everything once
+        for seed in seeds  # the first seed of all first, so that an interrupted benchmark has measured everything once
         for data_set in data
         for detector in detectors
     ]

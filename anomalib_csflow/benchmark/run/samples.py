@@ -1,4 +1,4 @@
-"""The handful of test images that a report shows, the same for all detectors, and a run's heat maps of them."""
+"""The few test images that a report shows, the same for all detectors, and the heat maps of a run for them."""
 
 import math
 from itertools import zip_longest
@@ -17,11 +17,11 @@ from .accuracy import Predictions
 MAX_SAMPLES = 6
 LONGEST_SIDE = 256
 MAP_SIDE = 128
-HOTTEST = 1e-3  # share of all test pixels that a heat map shows in the last colour
+HOTTEST = 1e-3  # share of all test pixels that heat maps show in the last colour
 
 
 def choose(predictions: Predictions) -> list[int]:
-    """Indices of defective images, of each kind in turn, and of a good one; a kind is a folder."""
+    """Indices of defective images, taking each kind (a folder) in turn, and of one good image."""
     order = sorted(range(len(predictions.paths)), key=lambda i: predictions.paths[i])
     kinds: dict[str, list[int]] = {}
     for index in order:
@@ -36,11 +36,11 @@ def rarity(values: Tensor, of: Tensor) -> Tensor:
     """How few pixels of the test set are as hot, on a logarithmic scale that all detectors share.
 
     Args:
-        values: of a map, or of several, (..., H, W).
+        values: one map or several, (..., H, W).
         of: the maps of the test set, (N, H, W).
 
     Returns:
-        (..., H, W) in [0, 1]: 0 where all are, 1/3 where a tenth is, 1 where a thousandth is or less.
+        (..., H, W) in [0, 1]: 0 if all pixels are as hot, 1/3 if a tenth is, 1 if a thousandth or less is.
     """
     known = of.flatten()[:: max(1, of.numel() // 1_000_000)].sort().values
     colder = torch.searchsorted(known, values.contiguous()) / len(known)
@@ -48,7 +48,7 @@ def rarity(values: Tensor, of: Tensor) -> Tensor:
 
 
 def save(predictions: Predictions, run: Path, shared: Path) -> None:
-    """Write the run's maps of the samples, and the samples themselves where no other run has.
+    """Write the run's maps of the samples, and the samples themselves unless another run has written them.
 
     Args:
         predictions: of the whole test set.

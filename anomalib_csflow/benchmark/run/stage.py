@@ -1,7 +1,7 @@
-"""One run, in processes of its own: ``python -m anomalib_csflow.benchmark.run.stage STAGE FOLDER``.
+"""One stage of a run, in its own process: ``python -m anomalib_csflow.benchmark.run.stage STAGE FOLDER``.
 
-Stage ``fit`` trains, tests and keeps the weights; stage ``export`` starts from them in a fresh process, so that the
-memory of the one does not count for the other. Each writes what it measured as ``FOLDER/STAGE.json``.
+Stage ``fit`` trains, tests and keeps the weights; stage ``export`` loads them in a new process, so that the memory
+of one does not count for the other. Each writes its measurements to ``FOLDER/STAGE.json``.
 """
 
 import sys
@@ -39,7 +39,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
     trainer: dict[str, Any] = {"accelerator": run.accelerator, "devices": 1}
     length: dict[str, Any] = run.detector.length
     if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
-        msg = f"{run.detector.name} does not say how long it trains: give it epochs or steps in the configuration"
+        msg = f"{run.detector.name} does not say how long it trains: set epochs or steps in the configuration"
         raise ValueError(msg)
     row: dict[str, Any] = build.settings(run, model)
     with tempfile.TemporaryDirectory() as root:
@@ -77,7 +77,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> Tensor:
-    """The first test images at the model's size, (count, 3, H, W); again from the start where there are too few."""
+    """The first test images at the model's size, (count, 3, H, W); repeated from the start if there are too few."""
     data.test_augmentations = Resize(build.image_size(model) or [256, 256], antialias=True)
     data.setup()
     loader = data.test_dataloader()
@@ -86,7 +86,7 @@ def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> 
 
 
 def export(run: Run, folder: Path) -> dict[str, Any]:
-    """Time the model in torch, export it to OpenVINO, and keep the batches for timing it there."""
+    """Time the model in torch, export it to OpenVINO, and store the batches for timing it there."""
     model, data = build.model(run), datamodule(run)
     model.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     device = "cuda" if torch.cuda.is_available() and run.accelerator != "cpu" else "cpu"
@@ -115,22 +115,22 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def export_openvino(model: AnomalibModule, root: Path) -> tuple[Path, list[str]]:
-    """Export for any number of images, or for one where a model cannot; returns the file, and what is to be said."""
+    """Export for any number of images, or for one if a model does not support it; returns the file and notes."""
     options: dict[str, Any] = {"export_root": root, "input_size": build.image_size(model)}
     engine, notes = Engine(logger=False), []
     try:
         xml = engine.export(model, ExportType.OPENVINO, **options)
-    except OnnxExporterError:  # PatchCore's, where its search branches on the batch
+    except OnnxExporterError:  # PatchCore's search branches on the batch size
         xml = engine.export(model, ExportType.OPENVINO, **options, onnx_kwargs={"dynamic_shapes": None})
         notes.append("exported for single images")
-    assert xml is not None  # noqa: S101 (None is for unknown formats alone)
+    assert xml is not None  # noqa: S101 (None is only for unknown formats)
     return xml, notes
 
 
 def main() -> None:
-    """Run a stage; the last line of an error is what the table shows."""
+    """Run a stage; the table shows the last line of an error."""
     stage, folder = sys.argv[1], Path(sys.argv[2])
-    warnings.simplefilter("ignore")  # the libraries' own, which would bury the log
+    warnings.simplefilter("ignore")  # warnings of libraries, which would fill the log
     timing.end_with_parent()
     work = {"fit": fit, "export": export}[stage]
     write_json(folder / f"{stage}.json", work(Run.load(folder / "run.json"), folder))

@@ -1,7 +1,7 @@
-"""Latency and memory of one process; run as a file, of an exported model in OpenVINO alone.
+"""Latency and memory of one process; run as a script, those of an exported model in OpenVINO.
 
 ``python timing.py MODEL.xml BATCHES.npz THREADS`` prints one JSON object. It imports neither torch nor anomalib, so
-that its memory is that of a line which runs the exported model.
+that its memory is that of a production line that runs the exported model.
 """
 
 import json
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MAX_REPEATS, MAX_SECONDS = 100, 5.0  # whichever comes first; five at least
+MAX_REPEATS, MAX_SECONDS = 100, 5.0  # whichever comes first, but at least five repeats
 
 
 def latency(run: Callable[[], Any], images: int, synchronize: Callable[[], Any] = lambda: None) -> dict[str, float]:
-    """Time a call, after two that warm up.
+    """Time a call, after two calls as warm-up.
 
     Args:
         run: predicts a batch.
-        images: how many images the batch has.
+        images: number of images in the batch.
         synchronize: waits until the device is done.
 
     Returns:
@@ -45,26 +45,26 @@ def latency(run: Callable[[], Any], images: int, synchronize: Callable[[], Any] 
 
 
 def peak_mb() -> float:
-    """Most resident memory that this process has had, MB."""
+    """Peak resident memory of this process, MB."""
     status = Path("/proc/self/status")
-    if status.is_file():  # there, rusage counts the process that has started this one too
+    if status.is_file():  # on Linux, rusage also counts the process that started this one
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its ended children, s: less than the clock's where others run too."""
+    """Processor time of this process and its ended children, s; less than on the clock if other processes run too."""
     return sum(os.times()[:4])
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed, it could not say so."""
+    """End this process when its parent has ended, because a killed parent cannot end it."""
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:  # on Windows it stays the same
+        while os.getppid() == parent:  # on Windows it never changes
             time.sleep(1)
         os._exit(1)
 
@@ -72,7 +72,7 @@ def end_with_parent() -> None:
 
 
 def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
-    """Compile an exported model and time the batches of a file, named ``b1``, ``b8`` ...; memory is after the first."""
+    """Compile an exported model and time the batches ``b1``, ``b8`` ... of a file; memory is that after the first."""
     import numpy as np  # noqa: PLC0415 (only here, so that others can import this file without OpenVINO)
     import openvino as ov  # noqa: PLC0415
 
@@ -83,7 +83,7 @@ def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
         for name in sorted(arrays.files):
             batch = arrays[name]
             if not compiled.input(0).partial_shape.compatible(ov.PartialShape(batch.shape)):
-                continue  # exported for another batch
+                continue  # exported for another batch size
             timed = latency(lambda batch=batch: compiled([batch]), len(batch))
             found |= {f"openvino_{name}_{key}": value for key, value in timed.items()}
             found.setdefault("inference_peak_mb", peak_mb())

@@ -1,4 +1,4 @@
-"""CFLOW-AD: a conditional flow of each position's features."""
+"""CFLOW-AD: a conditional flow on the features at each position."""
 
 from .detector import CFlow
 

@@ -1,17 +1,17 @@
-"""CFLOW-AD: a conditional flow of each cell's features, given where the cell is.
+"""CFLOW-AD: a conditional flow on the features at each position, given where the position is.
 
 Denis Gudovskiy, Shun Ishizaka, Kazuki Kozuka, "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with
 Localization via Conditional Normalizing Flows", WACV 2022, https://arxiv.org/abs/2107.12571.
 
 Differs from the published code:
 
-- scores are absolute: densities are taken relative to the highest of the training's last epoch, which the
-  checkpoint holds, and not of the test set, on which the published scores of an image depend;
-- the map is -log of the mean over layers of these relative densities, which orders cells as the published
-  sum does, but does not run out of float32's digits;
-- ``score_by: energy`` is ours: energies in standard deviations of the training cells' give each layer the same say;
-- the schedule is laid out over the steps and not over meta-epochs of 8;
-- a training batch with fewer cells than ``fibers_per_step`` gives one smaller step and not an error;
+- scores are absolute: densities are relative to the highest one of the last training epoch, which the checkpoint
+  contains; in the published code, to the highest one of the test set, so that scores depend on other images;
+- the map is -log of the mean over layers of these relative densities, which ranks positions as the published
+  sum does, but does not lose precision in float32;
+- ``score_by: energy`` is ours: in standard deviations of the training positions, all layers have the same weight;
+- the schedule is defined over steps, not over meta-epochs of 8;
+- a training batch with fewer positions than ``fibers_per_step`` gives one smaller step instead of an error;
 - no augmentation: add it to the data; any backbone, layers and image size.
 """
 
@@ -41,47 +41,47 @@ from .model import SCORES_BY, CFlowModel, ScoreBy
 
 
 class CFlow(FlowDetector):
-    """CFLOW-AD in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+    """CFLOW-AD in anomalib. The defaults are the paper's; the recipe ``cflow_small`` is for a CPU.
 
-    A training batch of images gives many optimizer steps: one for each ``fibers_per_step`` cells of each layer,
-    in random order, and what is left over is passed over. The trainer counts and logs batches, and its
-    gradient clipping holds for each step. The published results have image sizes of their own per category, from
-    128 to 512; ``standardize`` is not in the paper; the image score is the paper's with a ``top_share`` of 0.
+    A training batch of images gives many optimizer steps: one for every ``fibers_per_step`` positions of each layer,
+    in random order; the remainder is skipped. The trainer counts and logs batches, but clips gradients at
+    each optimizer step. The published results have a different image size for some categories, from 128 to
+    512; ``standardize`` is not in the paper; the image score is the paper's with a ``top_share`` of 0.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layers: of the backbone, whose maps are used, from fine to coarse.
+        layers: names of the backbone's layers whose maps are used, from fine to coarse.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_blocks: number of the flow's blocks, or of each layer's flow.
         condition_channels: of the positional encoding, a multiple of 4.
         clamp: bound of the log-scales.
         permute_soft: rotate features by random matrices between blocks (the paper's), or permute them.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
-        score_by: ``density`` judges cells by their log-density, the log-det included, relative to the training's
-            highest (the paper's); ``energy`` by their latents alone, as FastFlow and MSFlow do, in standard
-            deviations of the training cells': a density also falls where good cells vary much, and the highest
-            density weighs the layers by chance.
-        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
-            unusual alone.
-        fibers_per_step: cells per optimizer step.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
+        score_by: ``density`` judges positions by their log-density, the log-det included, relative to the highest
+            one in training (the paper's); ``energy`` only by their latents, as in FastFlow and MSFlow, in standard
+            deviations of the training positions: a density is also low where good positions vary a lot, and dividing
+            by the highest one weights the layers arbitrarily.
+        top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
+            only the most unusual position.
+        fibers_per_step: number of positions per optimizer step.
         lr: Adam's learning rate.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone, layer or schedule, or an image too small for the layers.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> detector = CFlow("tf_efficientnet_lite0", ["blocks.2", "blocks.4"], "random", image_size=64,
@@ -146,9 +146,9 @@ class CFlow(FlowDetector):
         self._seen = self._nothing_seen()
 
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
-        """One step on a batch of fibers: the next of those that wait, or the first of new images.
+        """One step on a batch of fibers: the next pending one, or the first from new images.
 
-        The loss is their mean of ``-log sigmoid(log p / C)``.
+        The loss is the mean of ``-log sigmoid(log p / C)``.
         """
         del batch_idx
         if not self._pending:
@@ -166,7 +166,7 @@ class CFlow(FlowDetector):
         for index, level in enumerate(self.model.decoder_inputs(features)):
             fibers, conditions = flow.fibers(level)
             order = torch.randperm(len(fibers), device=fibers.device)
-            whole = max(len(order) // count * count, min(count, len(order)))  # the rest is passed over, as published
+            whole = max(len(order) // count * count, min(count, len(order)))  # the remainder is skipped, as published
             batches += [(index, fibers[chosen], conditions[chosen]) for chosen in order[:whole].split(count)]
         return batches[::-1]  # taken from the end: the first layer first
 
@@ -177,42 +177,42 @@ class CFlow(FlowDetector):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step until no fibers wait: the closure runs the training step on the next."""
+        """Step until no fibers are pending: the closure runs the training step on the next batch of them."""
         self._pending = []
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         while self._pending:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_start(self) -> None:
-        """Refuse what would pass fibers over silently, or what would wait for ever."""
-        if self.trainer.world_size > 1:  # whose processes would have to agree on each step's layer
+        """Refuse settings that would skip fibers silently, or wait forever."""
+        if self.trainer.world_size > 1:  # all processes would have to agree on the layer of each step
             msg = "CFlow trains on one device, since a step is on one layer's fibers: set the trainer's devices to 1"
             raise ValueError(msg)
         if self.trainer.accumulate_grad_batches > 1:
-            msg = "CFlow steps on fibers and not on images: raise fibers_per_step instead of accumulate_grad_batches"
+            msg = "CFlow steps on fibers, not on images: raise fibers_per_step instead of accumulate_grad_batches"
             raise ValueError(msg)
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Forget the cells of the epoch before: the decoders were others."""
+        """Forget the statistics of the previous epoch, because the decoders have changed."""
         self._seen = self._nothing_seen()
 
     def _nothing_seen(self) -> list[RunningStatistics]:
         return [RunningStatistics(1) for _ in self.model.reference]
 
     def measure(self) -> None:
-        """Set what cells are compared with."""
+        """Set what positions are compared with."""
         if all(statistics.count for statistics in self._seen):
             self.model.compare_with(self._seen)
 
     def load_reference_state_dict(self, state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
         """Load decoders that were trained with the authors' code.
 
-        Build the detector with the backbone, layers and blocks that they were trained with. The highest
-        density is not in those files: until it is measured, in a training, scores are plain densities.
+        Create the detector with the backbone, layers and blocks that they were trained with. Their files do not
+        contain the highest density: until it is measured, in a training, scores are plain densities.
 
         Args:
-            state_dicts: of each layer's decoder, with FrEIA's names such as ``module_list.0.w_perm``.
+            state_dicts: one for each layer's decoder, with FrEIA's names such as ``module_list.0.w_perm``.
 
         Raises:
             ValueError: if the tensors do not fit this detector's layers, blocks or widths.
@@ -222,7 +222,7 @@ class CFlow(FlowDetector):
         own = [{name: tensor.shape for name, tensor in decoder.state_dict().items()} for decoder in decoders]
         if shapes != own:
             msg = (
-                f"the weights of {len(shapes)} decoders do not fit this detector's {len(own)}: give the layers, "
+                f"the weights of {len(shapes)} decoders do not fit this detector's {len(own)}: use the layers, "
                 "num_blocks and condition_channels that they were trained with"
             )
             raise ValueError(msg)

@@ -6,9 +6,9 @@ for Image-based Defect Detection", WACV 2022, https://arxiv.org/abs/2110.02855.
 Differs from the published code:
 
 - the inverse inverts (the published one reads the wrong maps);
-- latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
+- latents are not clamped to +-1e6, which would break the inverse: instead, training stops at a loss that is not finite;
 - any backbone, layer, number of scales and image size;
-- TensorFlow's "same" padding is computed for the image at hand and not for 456 pixels.
+- TensorFlow's "same" padding is computed for the actual image size, not for 456 pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ from anomalib_csflow.flows import (
 from .reference import convert_reference_flow
 
 ImageScore = Literal["energy", "map"]
-"""What makes the score of an image: its latents' mean energy, or the highest positions of its map."""
+"""What the image score is computed from: the latents' mean energy, or the highest positions of the map."""
 
 
 class CSFlowModel(FlowModel):
@@ -53,9 +53,9 @@ class CSFlowModel(FlowModel):
         clamp: bound of the couplings' log-scales.
         standardize: begin with a layer that standardizes each channel.
         whiten: let that layer decorrelate the channels too.
-        map_mode: how levels make a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
-        image_score: what makes the score of an image, see :class:`CSFlow`.
-        top_share: share of the map's positions of which the image score is taken, if it is taken of the map.
+        map_mode: how levels are combined into a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
+        image_score: what the image score is computed from, see :class:`CSFlow`.
+        top_share: share of the map's positions that the image score is computed from, if it comes from the map.
         recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
     """
 
@@ -73,7 +73,7 @@ class CSFlowModel(FlowModel):
         *,
         recompute: bool = False,
     ) -> None:
-        # only the channels count: the couplings take maps of any size
+        # only the channels matter: the couplings take maps of any size
         side = 2 ** (len(features.channels) - 1)
         dims = [(channels, side >> s, side >> s) for s, channels in enumerate(features.channels)]
         first = ChannelWhitening if whiten else ChannelStandardization
@@ -90,7 +90,7 @@ class CSFlowModel(FlowModel):
         self.level_scale = LevelScale(len(dims)) if map_mode == "soft_minimum" else None
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Mean energy of all levels (eq. 8), or the map's highest positions; a map of mean squares (section 3.4)."""
+        """Score: mean energy of all levels (eq. 8), or the map's highest positions. Map: mean squares (section 3.4)."""
         levels = scoring.mean_squares(latents)
         if self.level_scale is not None:
             levels = self.level_scale(levels)
@@ -101,58 +101,58 @@ class CSFlowModel(FlowModel):
 
 
 class CSFlow(FlowDetector):
-    """CS-Flow in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+    """CS-Flow in anomalib. The defaults are the paper's; the recipe ``cs_flow_small`` is for a CPU.
 
-    The default backbone has the weights (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5, and
-    its layer 304 channels at stride 32. The paper's ``kernel_sizes`` are 3, and 5 in the last block. With
+    The default backbone has the weights (AutoAugment, TensorFlow) and the padding of the paper's EfficientNet-B5; its
+    layer has 304 channels at stride 32. The paper's ``kernel_sizes`` are 3, and 5 in the last block. With
     ``standardize``, which is not in the paper, training needs far fewer steps.
 
-    ``layers``, if given, take the place of ``layer``: the flow then goes over several layers of one pass of the
-    backbone, and over ``num_scales`` image sizes of the last of them.
+    ``layers``, if given, replaces ``layer``: the pyramid then has several layers from one pass of the backbone, and
+    the last of them at ``num_scales`` image sizes.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layer: of the backbone, whose maps are used.
+        layer: name of the backbone's layer whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_scales: number of image sizes, each half the one before.
         num_blocks: number of the flow's blocks, or of each layer's flow.
         kernel_sizes: of the convolutions of each block or step; the paper's, if not given.
         hidden_channels: width of the couplings' networks.
         clamp: bound of the log-scales.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
-        map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the levels, or their ``soft_minimum``, in
-            standard deviations of the training images'.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
+        map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the levels, or their ``soft_minimum``, each
+            level in standard deviations of the training images' maps.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
-        gradient_clip_norm: bound of the gradient's norm, unless the trainer is given one; None for none.
+        gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        bfloat16: train the flow's convolutions in bfloat16 where the device computes in it (AMX, AVX512-BF16, GPUs
+        bfloat16: train the flow's convolutions in bfloat16 if the device supports it (AMX, AVX512-BF16, GPUs
             from Ampere on); log-dets, losses and scores stay in float32.
-        recompute: compute activations again in the backward pass instead of keeping them: memory hardly grows with
-            num_blocks, for about a third more time.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        layers: of the backbone, whose maps are used, from fine to coarse.
+        recompute: recompute activations in the backward pass instead of keeping them: memory hardly grows with
+            num_blocks, and a step takes about a third longer.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        layers: names of the backbone's layers whose maps are used, from fine to coarse.
         whiten: let the layer that ``standardize`` adds decorrelate the channels too.
         image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
-            positions: then score and map are on one scale.
-        top_share: share of the map's positions, the most unusual, of which the image score is taken; 0 for the most
-            unusual alone.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+            positions, which puts score and map on one scale.
+        top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
+            only the most unusual position.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone, layer or map mode, or an image too small for the scales.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> import torch
@@ -241,7 +241,7 @@ class CSFlow(FlowDetector):
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def measure(self) -> None:
-        """Measure the scale of the levels, of the training images' features without noise."""
+        """Measure the scale of the levels on the training images' features, without noise."""
         scale = self.model.level_scale
         if scale is None:
             return
@@ -256,14 +256,14 @@ class CSFlow(FlowDetector):
     ) -> None:
         """Load a flow that was trained with the authors' code or with anomalib's ``Csflow``.
 
-        The features must be the same too: build the detector with the backbone that the flow was
+        The features must be the same too: create the detector with the backbone that the flow was
         trained on (anomalib's is ``torchvision/efficientnet_b5`` with layer ``features.6.8``, whose
-        weights are taken from ``state_dict`` if they are in it).
+        weights are loaded from ``state_dict`` if it contains them).
 
         Args:
             state_dict: of the authors' ``CSFlow`` model, or the ``state_dict`` of anomalib's
                 checkpoint or torch model.
-            permutations: by name, if they are not those that the two codes draw.
+            permutations: by name, if they are not those that the original code draws.
 
         Raises:
             ValueError: if the tensors do not fit this detector's scales, blocks or widths.

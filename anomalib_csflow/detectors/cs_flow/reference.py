@@ -1,4 +1,4 @@
-"""Names of trained CS-Flow weights elsewhere: the authors' code, and anomalib's ``Csflow``.
+"""Names of CS-Flow weights that were trained with the authors' code or with anomalib's ``Csflow``.
 
 Both build the flow with FrEIA's ``GraphINN``: ``module_list.N.s1.conv_scale0_0.weight`` in the
 authors' code, ``...module_list.N.cross_convolution1.conv_scale0_0.weight`` in anomalib. ``s1`` sees
@@ -31,15 +31,15 @@ def convert_reference_flow(
     """Rename a trained flow's tensors to those of a chain of permutation and coupling per block.
 
     Args:
-        state_dict: with the couplings' tensors under either code's names; others are passed over.
+        state_dict: with the couplings' tensors under either code's names; others are ignored.
         permutations: ``module_list.N.permS`` of node N and scale S, if the weights were trained with
-            other permutations than the code draws. Else they are drawn as that code draws them.
+            other permutations than the code draws. By default, they are drawn as that code draws them.
 
     Returns:
         Names of :class:`~anomalib_csflow.flows.PyramidFlow` to tensors.
 
     Raises:
-        ValueError: if there is no coupling of either code in it.
+        ValueError: if it contains no coupling of either code.
     """
     matches = [(match, tensor) for key, tensor in state_dict.items() if (match := COUPLING.search(key))]
     if not matches:
@@ -64,7 +64,7 @@ def convert_reference_flow(
         first = converted[f"{2 * block + 1}.from_first.enter.0.weight"].shape[1]
         second = converted[f"{2 * block + 1}.from_second.enter.0.weight"].shape[1]
         orders = _draw(block, first + second, of_anomalib)
-        if permutations is not None:  # the permutation's node stands just before its coupling's
+        if permutations is not None:  # the permutation's node comes just before that of its coupling
             orders = [permutations[f"module_list.{nodes[block] - 1}.perm{scale}"] for scale in range(NUM_SCALES)]
         converted |= {f"{2 * block}.permutation_{scale}": order for scale, order in enumerate(orders)}
     return converted

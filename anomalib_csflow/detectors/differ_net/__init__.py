@@ -1,4 +1,4 @@
-"""DifferNet: a flow of the pooled features of turned views."""
+"""DifferNet: a flow on the pooled features of rotated views."""
 
 from .detector import DifferNet
 

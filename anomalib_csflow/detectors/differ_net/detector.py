@@ -1,13 +1,13 @@
-"""DifferNet: a flow on pooled features of three image sizes, of which several turned views are averaged.
+"""DifferNet: a flow on pooled features of three image sizes, averaged over several rotated views.
 
 Marco Rudolph, Bastian Wandt, Bodo Rosenhahn, "Same Same But DifferNet: Semi-Supervised Defect Detection
 with Normalizing Flows", WACV 2021, https://arxiv.org/abs/2008.12577.
 
 Differs from the published code:
 
-- the test's angles are always the fixed ones (the published test during training draws them);
-- latents are not clamped to +-1e6, which would break the inverse: a loss that is not finite stops;
-- images are turned as tensors, to the nearest pixel as published, after they are normalized;
+- the test's angles are always the fixed ones (the published code draws them in tests during training);
+- latents are not clamped to +-1e6, which would break the inverse: instead, training stops at a loss that is not finite;
+- images are rotated as tensors, to the nearest pixel as published, after they are normalized;
 - any backbone, layer, number of scales, number of views and image size.
 """
 
@@ -44,54 +44,54 @@ NO_MAP = (
 
 
 class DifferNet(FlowDetector):
-    """DifferNet in anomalib. The defaults are the paper's; ``configs/`` has a recipe for a CPU.
+    """DifferNet in anomalib. The defaults are the paper's; the recipe ``differ_net_small`` is for a CPU.
 
     The layer is AlexNet's last before the classifier (256 channels), whose maps are averaged; the couplings' networks
     are perceptrons of three hidden layers. ``standardize`` and ``fixed_train_rotations`` are not in the paper.
 
-    Every image is seen in several turned views, in training by random angles and in the test by fixed
-    ones, and its score and its ``nll`` are the means over them. Where a part's orientation matters, or
-    its images are not square, fewer or no rotations may be better: 1 for both with
-    ``fixed_train_rotations`` is the image as it is.
+    Every image is seen in several rotated views, at random angles in training and at fixed angles in the
+    test, and its score and its ``nll`` are the means over them. If orientation matters, or images are not
+    square, fewer or no rotations may be better: with ``fixed_train_rotations``, 1 for both numbers of
+    rotations means the image without rotation.
 
     ``forward``, and so every exported model, gives the image score and no anomaly map: the map is a
     gradient with respect to the image, which exported graphs do not have.
 
     Args:
         backbone: a timm model with its tag, or ``torchvision/NAME``.
-        layer: of the backbone, whose maps are used.
+        layer: name of the backbone's layer whose maps are used.
         weights: ``hub``, ``package``, ``random`` or a file: :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
-        antialias: of the resizing in the engine. Exported models resize without it: where images are
-            larger than ``image_size``, False makes both see the same pixels, and so give the same scores.
+        antialias: whether the engine resizes with antialiasing. Exported models resize without it: if images are
+            larger than ``image_size``, False gives both the same pixels, and so the same scores.
         num_scales: number of image sizes, each half the one before.
         num_blocks: number of the flow's blocks, or of each layer's flow.
         hidden_channels: width of the couplings' networks.
         clamp: bound of the log-scales.
-        standardize: put a fixed layer before the flow that standardizes each channel with statistics
-            of the training features; the likelihood stays that of the features.
+        standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
+            mean and standard deviation; likelihoods remain those of the features.
         num_train_rotations: views per image and training step.
-        num_test_rotations: views per image at test, turned by multiples of 360 degrees over their number. All
-            views of a batch go through the network at once: the evaluation batch times this is what memory must hold.
+        num_test_rotations: views per image in the test, rotated by multiples of 360 degrees over their number. All
+            views of a batch go through the network at once: memory must hold the evaluation batch times this number.
         fixed_train_rotations: train on fixed angles, multiples of 360 degrees over ``num_train_rotations``, instead of
-            random ones: then a view's features are always the same.
-        localize: give anomaly maps too in the engine's validation, test and prediction; these take a gradient per view.
+            random ones: then the features of a view are always the same, and can be cached.
+        localize: also make anomaly maps in the engine's validation, test and prediction: one gradient per view.
         lr: Adam's learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
-        max_epochs: overrides the trainer's, if given: ``anomalib benchmark`` has no other way to set it.
-        max_steps: train for so many batches, as one epoch, however many images there are.
-        noise: on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
-        pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
-        post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
-        evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
+        post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
+        evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
+        visualizer: True creates anomalib's.
 
     Raises:
         ValueError: on an unknown backbone or layer, no blocks or views, or an image too small for the scales.
-        WeightsError: if the weights cannot be had.
+        WeightsError: if the weights are not available.
 
     Example:
         >>> detector = DifferNet("tf_efficientnet_lite0", "blocks.4", "random", image_size=128,
@@ -106,7 +106,7 @@ class DifferNet(FlowDetector):
         *("layer", "num_scales", "num_blocks", "hidden_channels", "clamp", "standardize"),
         "num_test_rotations",
     )
-    # maps can be had of every checkpoint, and one that was validated without them has no scale for them and says so
+    # maps can be made with every checkpoint; one that was validated without them has no scale for them, and says so
     free_arguments = ("num_train_rotations", "fixed_train_rotations", "localize")
     model: DifferNetModel
 
@@ -168,9 +168,9 @@ class DifferNet(FlowDetector):
 
     @property
     def fixed_views(self) -> tuple[View, ...]:
-        """The training's views, if they are fixed: random ones cannot be kept."""
+        """The training's views, if they are fixed: features of random ones are not cached."""
         angles = fixed_angles(self.num_train_rotations) if self.fixed_train_rotations else ()
-        return tuple(View(f"turned by {angle:g} degrees", partial(self._turned, angle)) for angle in angles)
+        return tuple(View(f"rotated by {angle:g} degrees", partial(self._turned, angle)) for angle in angles)
 
     def features(self, batch: Batch[Any]) -> Pyramid:
         """Features of the views of a training step, ``(V * N, D)``."""
@@ -185,36 +185,36 @@ class DifferNet(FlowDetector):
         return rotate_all(images, torch.tensor([angle]).to(images), self.model.get_buffer("black"))
 
     def turned_at_random(self, images: Tensor) -> Tensor:
-        """Each image turned by an angle of its own."""
+        """Each image rotated by an angle of its own."""
         degrees = images.new_empty(len(images)).uniform_(-180, 180)
         return rotate_each(images, degrees, self.model.get_buffer("black"))
 
-    # -- maps, in the engine alone ----------------------------------------------------------------
+    # -- maps, only in the engine -----------------------------------------------------------------
 
     def evaluate(self, batch: Batch[Any]) -> InferenceBatch:
-        """Score a batch's images in all views of the test, with maps if they are asked for."""
+        """Score a batch's images in all views of the test, with maps if ``localize`` is set."""
         images = cast("Tensor", batch.image)
         if self.localize:
             return self.model.localize(images)
         return self.model.judge(self.compute(self.model.views(images)), (images.shape[2], images.shape[3]))
 
     def on_test_start(self) -> None:
-        """Check that maps, if they are asked for, have a scale."""
+        """Check that maps have a scale, if ``localize`` is set."""
         self._check_map_scale()
 
     def on_predict_start(self) -> None:
-        """Check the images to predict, and that maps, if they are asked for, have a scale."""
+        """Check the images to predict, and that maps have a scale, if ``localize`` is set."""
         super().on_predict_start()
         self._check_map_scale()
 
     def _check_map_scale(self) -> None:
-        """Raise ValueError if maps would be compared with a threshold that was never taken."""
+        """Raise ValueError if maps would be compared with a threshold that was never set."""
         processor = self.post_processor
         if not self.localize or not isinstance(processor, PostProcessor):
             return
         if not processor.image_min.isnan() and processor.pixel_min.isnan():
             msg = (
-                "localize=True, but this model was validated without maps, so that they have no scale and no "
+                "localize=True, but this model was validated without maps, so they have no scale and no "
                 "threshold: fit or validate it with localize=True"
             )
             raise ValueError(msg)
@@ -244,7 +244,7 @@ class DifferNet(FlowDetector):
 
         Args:
             state_dict: of the authors' ``DifferNet`` model.
-            permutations: by name, if they are not those that the code draws.
+            permutations: by name, if they are not those that the authors' code draws.
 
         Raises:
             ValueError: if the tensors do not fit this detector's features, blocks or widths.

@@ -16,7 +16,7 @@ from .rotations import fixed_angles, rotate_all
 
 
 class DifferNetModel(FlowModel):
-    """The network of DifferNet: pooled features of an image pyramid, Glow couplings, the mean over turned views.
+    """The network of DifferNet: pooled features of an image pyramid, Glow couplings, the mean over rotated views.
 
     Args:
         features: images to one vector.
@@ -24,8 +24,8 @@ class DifferNetModel(FlowModel):
         hidden_channels: width of the couplings' perceptrons.
         clamp: bound of the couplings' log-scales.
         standardize: begin with a layer that standardizes each feature.
-        num_test_rotations: views per image of which a score is the mean.
-        black: ``(3,)``, the normalized colour of what a turned image leaves empty.
+        num_test_rotations: number of views per image; the score is their mean.
+        black: ``(3,)``, the normalized colour of pixels that a rotated image leaves empty.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class DifferNetModel(FlowModel):
             layers.append(ScalePermutation(dims, seed=block))
             layers.append(GlowCoupling(dims, hidden_features=hidden_channels, clamp=clamp))
         super().__init__(features, PyramidFlow(layers))
-        # not in state_dict: the arguments say them
+        # not in state_dict, since they follow from the arguments
         self.register_buffer("angles", torch.tensor(fixed_angles(num_test_rotations)), persistent=False)
         self.register_buffer("black", torch.tensor(black), persistent=False)
 
     def views(self, images: Tensor) -> Tensor:
-        """Each image turned by every fixed angle, one image's views after the other's: ``(N * V, 3, H, W)``."""
+        """Each image rotated by every fixed angle, one image's views after the other's: ``(N * V, 3, H, W)``."""
         return rotate_all(images, self.get_buffer("angles"), self.get_buffer("black"))
 
     def per_image(self, values: Tensor) -> Tensor:
@@ -57,15 +57,15 @@ class DifferNetModel(FlowModel):
         return values.unflatten(0, (-1, len(self.get_buffer("angles")))).mean(1)
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Mean squared latent of all views; no map, which takes a gradient: see :meth:`localize`."""
+        """Mean squared latent of all views; no map, because it needs a gradient: see :meth:`localize`."""
         del size
         return InferenceBatch(pred_score=self.per_image(2 * scoring.mean_energy(latents)))
 
     def localize(self, images: Tensor, sigma: float = 3.0) -> InferenceBatch:
         """Score images, and trace each score back to its pixels (section 3.5).
 
-        The gradient of each view's negative log-likelihood with respect to its pixels is turned back
-        and blurred. The map is the square of its absolute value's mean over views and channels.
+        The gradient of each view's negative log-likelihood with respect to its pixels is rotated back
+        and blurred. The map is the squared mean, over views and channels, of its absolute value.
 
         Args:
             images: ``(N, 3, H, W)``, normalized.

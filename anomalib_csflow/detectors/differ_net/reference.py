@@ -1,7 +1,7 @@
 """Names of flows that were trained with DifferNet's published code.
 
-It builds the flow with FrEIA: ``module_list.N.s1.fc1.weight`` of node N, whose permutation is the
-node before. ``s1`` sees the first half of the features. The permutations are not stored.
+It builds the flow with FrEIA: ``module_list.N.s1.fc1.weight`` belongs to node N, and the node before it is
+the permutation. ``s1`` sees the first half of the features. The permutations are not stored.
 """
 
 import re
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 COUPLING = re.compile(r"module_list\.(?P<node>\d+)\.s(?P<half>[12])\.(?P<layer>fc\w+)\.(?P<kind>weight|bias)$")
-LAYERS = {"fc1": 0, "fc2": 2, "fc2b": 4, "fc3": 6}  # ReLUs stand between; the batch norms beside them are not used
+LAYERS = {"fc1": 0, "fc2": 2, "fc2b": 4, "fc3": 6}  # with ReLUs between them; the published batch norms are unused
 
 
 def convert_reference_flow(
@@ -21,15 +21,15 @@ def convert_reference_flow(
     """Rename a trained flow's tensors to those of a chain of permutation and coupling per block.
 
     Args:
-        state_dict: with the couplings' tensors under the published names; others are passed over.
+        state_dict: with the couplings' tensors under the published names; others are ignored.
         permutations: ``module_list.N.perm`` of node N, if the weights were trained with other
-            permutations than the code draws. Else they are drawn as that code draws them.
+            permutations than the code draws. By default, they are drawn as that code draws them.
 
     Returns:
         Names of :class:`~anomalib_csflow.flows.PyramidFlow` to tensors.
 
     Raises:
-        ValueError: if there is no coupling in it.
+        ValueError: if it contains no coupling.
     """
     matches = [(match, tensor) for key, tensor in state_dict.items() if (match := COUPLING.search(key))]
     if not matches:

@@ -1,4 +1,4 @@
-"""Images turned about their centres, as torch operations that exported graphs have too."""
+"""Images rotated about their centres, with torch operations that can be exported."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ def fixed_angles(count: int) -> list[float]:
 
 
 def rotate_each(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
-    """Turn each image by its own angle, counter-clockwise; the nearest pixel is taken.
+    """Rotate each image by its own angle, counter-clockwise, with the nearest pixel.
 
     Args:
         images: ``(N, C, H, W)``.
         degrees: ``(N,)``.
-        fill: ``(C,)``, the colour of what comes from outside of the image.
+        fill: ``(C,)``, the colour of pixels from outside the image.
 
     Returns:
         ``(N, C, H, W)``.
@@ -31,12 +31,12 @@ def rotate_each(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
 
 
 def rotate_all(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
-    """Turn each image by every angle, counter-clockwise; the nearest pixel is taken.
+    """Rotate each image by every angle, counter-clockwise, with the nearest pixel.
 
     Args:
         images: ``(N, C, H, W)``.
         degrees: ``(V,)``.
-        fill: ``(C,)``, the colour of what comes from outside of the image.
+        fill: ``(C,)``, the colour of pixels from outside the image.
 
     Returns:
         ``(N * V, C, H, W)``: the V views of the first image, then those of the second.
@@ -55,7 +55,7 @@ def rotate_all(images: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
 
 
 def _sources(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel comes from, ``(V, H * W)`` into the flattened image, and whether that is inside of it."""
+    """Source of each pixel, ``(V, H * W)`` as index into the flattened image, and whether it is inside the image."""
     x = torch.arange(width, device=degrees.device) - (width - 1) / 2
     y = (torch.arange(height, device=degrees.device) - (height - 1) / 2)[:, None]
     radians = torch.deg2rad(degrees)[:, None, None]
