@@ -40,7 +40,7 @@ benchmark: $(VENV)/.installed
 
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
-	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,offline,demo,benchmark,dev]'
+	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,onnx,offline,demo,benchmark,dev]'
 	$(VENV)-floors/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:
@@ -51,5 +51,5 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/py
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,benchmark,docs,dev]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,onnx,offline,demo,benchmark,docs,dev]'
 	touch $@

@@ -32,6 +32,10 @@ FORMATS: tuple[Format, ...] = ("openvino", "onnx")
 TOLERANCE = 1e-3
 """Largest difference of a calibrated score or map that a runtime in float32 may have from torch's."""
 NUM_REFERENCE = 4
+ANTIALIASED = (
+    "The detector was fitted with antialias=True, and exported models resize without antialiasing: for images larger "
+    "than the model's input, the thresholds do not fit. Fit it with antialias=False, as the small recipes do"
+)
 OUTPUTS = "reference/outputs.npz"
 
 
@@ -182,6 +186,7 @@ def _manifest(detector: FlowDetector, checkpoint: Path, models: dict[Format, str
         },
         "models": dict(models),
         "tolerance": TOLERANCE,
+        "notes": [ANTIALIASED] if options.antialias else [],
     }
 
 

@@ -73,12 +73,15 @@ def bundle(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     silence_warnings()
     from anomalib_csflow import bundling
+    from anomalib_csflow.runtime import Bundle
 
     silence_logs()
     try:
         made = bundling.bundle(parsed.ckpt_path, parsed.out, parsed.reference, parsed.formats)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
+    for note in Bundle(made).manifest["notes"]:
+        print(note)
     print(f"{made}: check it with anomalib-csflow validate {made}")
 
 

@@ -5,7 +5,9 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
+import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,11 +66,10 @@ class Bundle:
         if not path.exists():
             msg = f"there is no bundle at {path}"
             raise FileNotFoundError(msg)
-        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         self.folder = path
         if path.is_file():
-            self._unpacked = tempfile.TemporaryDirectory(prefix="anomalib_csflow_")
-            self.folder = Path(self._unpacked.name)
+            self.folder = Path(tempfile.mkdtemp(prefix="anomalib_csflow_"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
             _unpack(path, self.folder)
         self.manifest = _read_manifest(self.folder, path)
         for name, expected in self.manifest["files"].items():

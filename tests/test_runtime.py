@@ -1,0 +1,444 @@
+"""A bundle: made from a checkpoint, refused when it was changed, the detector's own verdicts without torch."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.engine import Engine
+from conftest import SMALL, folder_arguments
+from PIL import Image
+from scipy import ndimage
+
+from anomalib_csflow import CSFlow, RealNVP, bundling, cli
+from anomalib_csflow.runtime import Bundle, BundleError, Detector
+from anomalib_csflow.runtime.__main__ import main
+from anomalib_csflow.runtime.boxes import boxes
+from anomalib_csflow.runtime.detector import ImageError
+from anomalib_csflow.runtime.validate import Case, Measured, validate
+from anomalib_csflow.runtime.watch import Watch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a CS-Flow whose thresholds come from four good images."""
+    engine = Engine(max_epochs=4, accelerator="cpu", default_root_dir=tmp_path_factory.mktemp("fit"))
+    torch.manual_seed(0)
+    engine.fit(
+        CSFlow(**SMALL, image_size=(64, 96), antialias=False), datamodule=Folder(**folder_arguments(image_folder))
+    )
+    return Path(engine.best_model_path)
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for both runtimes."""
+    out = tmp_path_factory.mktemp("bundles") / "part"
+    return bundling.bundle(checkpoint, out, image_folder / "test/good", ["openvino", "onnx"])
+
+
+@pytest.fixture
+def images(image_folder: Path) -> list[Path]:
+    return sorted((image_folder / "test").rglob("*.png"))
+
+
+# -- verdicts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+def test_verdicts_are_the_detectors(runtime: str, made: Path, checkpoint: Path, images: list[Path]) -> None:
+    reference = bundling.load_detector(checkpoint)
+    detector = Detector(made, runtime)
+    labels = set()
+    for path, streamed in zip(images, detector.stream(images), strict=True):
+        with torch.no_grad():
+            expected = reference(read_image(path, as_tensor=True)[None])
+        for result in (detector(path), streamed):
+            assert result.score == pytest.approx(expected.pred_score.item(), abs=1e-4)
+            assert result.label == bool(expected.pred_label)
+            np.testing.assert_allclose(result.anomaly_map, expected.anomaly_map[0, 0].numpy(), atol=1e-4)
+            assert np.array_equal(result.mask, expected.pred_mask[0, 0].numpy())
+            p_value = reference.post_processor.score_scale.p_values(expected.pred_score).item()
+            # the image is among those that were calibrated on: rounding puts it before or after itself
+            assert result.p_value == pytest.approx(p_value, abs=1 / (reference.post_processor.num_good + 1) + 1e-6)
+            assert bool(result.boxes) == bool(result.mask.any())
+        labels.add(result.label)
+    assert labels == {True, False}
+
+
+def test_an_image_is_a_file_an_array_or_a_pil_image(made: Path, images: list[Path]) -> None:
+    detector = Detector(made)
+    opened = Image.open(images[0])
+    scores = {detector(image).score for image in (images[0], str(images[0]), opened, np.asarray(opened.convert("RGB")))}
+    assert len(scores) == 1
+    grey = np.asarray(opened.convert("L"))
+    assert {detector(grey).score} == scores  # the images are grey
+
+
+def test_images_of_several_sizes_in_a_stream(made: Path) -> None:
+    generator = np.random.default_rng(0)
+    shapes = [(80, 90), (80, 90), (120, 70), (80, 90), (64, 96)]
+    images = [generator.integers(0, 255, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    detector = Detector(made)
+    streamed = list(detector.stream(images))
+    assert [result.size for result in streamed] == shapes
+    assert [r.score for r in streamed] == pytest.approx([detector(image).score for image in images], abs=1e-5)
+
+
+def test_boxes_are_those_of_connected_regions() -> None:
+    generator = np.random.default_rng(0)
+    for share in (0.05, 0.2, 0.5, 0.8) * 100:
+        mask = generator.random(generator.integers(1, 16, 2)) < share
+        found = ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0])
+        assert sorted(boxes(mask)) == sorted((x.start, y.start, x.stop, y.stop) for y, x in found)
+
+
+def test_a_threshold_can_be_moved(made: Path, checkpoint: Path, images: list[Path]) -> None:
+    strict, loose = Detector(made), Detector(made, false_alarm_rate=0.8)
+    assert "At most 80 %" in str(loose.promise)
+    rejected = [[detector(image).label for image in images].count(True) for detector in (strict, loose)]
+    assert rejected[0] < rejected[1]
+    processor = bundling.load_detector(checkpoint).post_processor
+    scores, maxima = processor.score_scale.good, processor.map_scale.good
+    processor.calibrate(scores, maxima)
+    unmoved = Detector(made, false_alarm_rate=processor.false_alarm_rate)  # the same rate: the same labels
+    assert [unmoved(image).label for image in images] == [strict(image).label for image in images]
+
+
+def test_a_detector_without_maps(image_folder: Path, tmp_path: Path) -> None:
+    detector = RealNVP(**SMALL, image_size=64, antialias=False)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
+    made = bundling.bundle(engine.best_model_path, tmp_path / "part.zip")
+    result = Detector(made)(image_folder / "test/good/000.png")
+    assert (result.anomaly_map, result.mask, result.boxes) == (None, None, [])
+    assert 0 < result.score < 1
+    assert all(one.keeps(1e-3) for one in validate(made))
+    assert Bundle(made).manifest["reference"]["kind"] == "test patterns"
+
+
+# -- what is refused --------------------------------------------------------------------------------
+
+
+def change(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return apply
+
+
+def edit(**changes: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / "bundle.json").read_text())
+        (folder / "bundle.json").write_text(json.dumps(manifest | changes))
+
+    return apply
+
+
+BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a changed model": (change("model.bin"), r"model\.bin is not the file that the bundle was made with"),
+    "a changed image": (change("reference/0.png"), r"reference/0\.png is not the file"),
+    "a missing file": (lambda folder: (folder / "model.xml").unlink(), r"the bundle lacks model\.xml"),
+    "no manifest": (lambda folder: (folder / "bundle.json").unlink(), r"has no bundle\.json"),
+    "half a manifest": (lambda folder: os.truncate(folder / "bundle.json", 700), "cannot be read"),
+    "another version": (edit(version=2), "version 2, and this package reads version 1"),
+    "another format": (edit(format="x"), "is not a bundle of anomalib-csflow"),
+    "no models": (edit(models={}), "no runtime for this bundle"),
+    "a file outside": (edit(files={"../x": {"sha256": "0"}}), "outside the bundle"),
+    "a model that is not listed": (edit(files={}), "does not list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BUNDLES)
+def test_a_damaged_bundle_is_refused_in_a_sentence(
+    name: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, message = BAD_BUNDLES[name]
+    folder = tmp_path / "part"
+    shutil.copytree(made, folder)
+    damage(folder)
+    with pytest.raises(BundleError, match=message) as info:
+        Detector(folder)
+    assert "\n" not in str(info.value)
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", str(folder)])
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_truncated_or_hostile_zip_is_refused(made: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.make_archive(str(tmp_path / "part"), "zip", made))
+    assert Detector(whole).promise == Detector(made).promise
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(BundleError, match="not a readable zip"):
+        Bundle(cut)
+    with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
+        archive.writestr("../outside", "x")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle(tmp_path / "out.zip")
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_other_bad_input(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no bundle at"):
+        Detector(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="unknown runtime 'tensorrt': choose one of openvino, onnx"):
+        Detector(made, "tensorrt")  # type: ignore[arg-type]
+    detector = Detector(made)
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for name, message in {"deep.png": "more than 8 bits", "broken.png": "cannot be read", "no.png": "no image"}.items():
+        with pytest.raises(ImageError, match=message):
+            detector(tmp_path / name)
+    with pytest.raises(ImageError, match=r"\(H, W, 3\) of uint8"):
+        detector(np.zeros((9, 9, 3), np.float32))  # type: ignore[arg-type]
+
+
+def test_a_bundle_is_not_written_over(checkpoint: Path, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists already"):
+        bundling.bundle(checkpoint, made)
+    with pytest.raises(SystemExit, match="is not a readable checkpoint"):
+        cli.main(["bundle", "--ckpt_path", __file__, "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit, match="there is no checkpoint"):
+        cli.main(["bundle", "--ckpt_path", "nothing.ckpt", "--out", str(tmp_path / "x")])
+    with pytest.raises(ValueError, match="unknown format 'tensorrt'"):
+        bundling.bundle(checkpoint, tmp_path / "x", formats=["tensorrt"])  # type: ignore[list-item]
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- validate ---------------------------------------------------------------------------------------
+
+
+def test_validate_compares_all_runtimes(made: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["validate", str(made), "--images", str(image_folder / "test"), "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "runtime"
+    kept = [line for line in lines if line.endswith("kept")]
+    assert [line.split()[0] for line in kept] == ["openvino", "onnx"]
+    assert all(line.split()[2] == str(4 + 8) for line in kept)  # the reference images and the folder's
+
+
+def test_validate_fails_where_the_promise_is_broken(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    shutil.copytree(made, folder)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    path = folder / manifest["reference"]["outputs"]
+    with np.load(path) as outputs:
+        changed = {name: outputs[name] for name in outputs.files}
+    changed["pred_score"] = changed["pred_score"] + 0.01
+    np.savez(path, **changed)
+    from anomalib_csflow.runtime.bundle import sha256
+
+    manifest["files"][manifest["reference"]["outputs"]]["sha256"] = sha256(path)
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", str(folder), "--threads", "1"])
+    assert stopped.value.code == 1
+
+
+def test_what_counts_as_kept() -> None:
+    case = Case("openvino")
+    assert Measured(case, score=1e-4, map=1e-4).keeps(1e-3)
+    assert Measured(case, score=1e-4).keeps(1e-3)  # without maps
+    assert not Measured(case, score=1e-4, map=1e-4, flips=1).keeps(1e-3)
+    assert not Measured(case, score=float("nan"), map=1e-4).keeps(1e-3)
+    assert not Measured(case, error="no").keeps(1e-3)
+    assert Measured(Case("openvino", "bf16"), score=0.1, flips=3).keeps(1e-3)  # which promises nothing
+
+
+# -- watch ------------------------------------------------------------------------------------------
+
+
+def record(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_watch_judges_each_image_once(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "results"
+    shutil.copytree(image_folder / "test", folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "note.txt").write_text("no image either")
+    said: list[str] = []
+    assert Watch(Detector(made), folder, out, said.append).run(once=True) == 9
+    assert Watch(Detector(made), folder, out, said.append).run(once=True) == 0
+    assert any("going on after 9 images" in line for line in said)
+    lines = record(out)
+    assert len({line["image"] for line in lines}) == len(lines) == 9
+    assert ["error" in line for line in lines].count(True) == 1
+    rejected = [line["image"] for line in lines if line.get("label")]
+    assert rejected
+    assert {path.name for path in (out / "rejected").iterdir()} == {f"{r.replace('/', '__')}.png" for r in rejected}
+    assert len((out / "results.csv").read_text().splitlines()) == 10
+
+
+def test_a_line_that_was_cut_off_is_judged_again(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    Watch(Detector(made), image_folder / "test", out, lambda _: None).run(once=True)
+    whole = record(out)
+    os.truncate(out / "results.jsonl", (out / "results.jsonl").stat().st_size - 9)
+    assert Watch(Detector(made), image_folder / "test", out, lambda _: None).run(once=True) == 1
+    assert sorted(str(line["image"]) for line in record(out)) == sorted(str(line["image"]) for line in whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_nothing_is_lost_and_nothing_twice_after_a_stop(
+    number: signal.Signals, made: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "results"
+    folder.mkdir()
+    source = sorted((image_folder / "test").rglob("*.png"))
+    for index in range(40):
+        shutil.copy(source[index % len(source)], folder / f"{index:03d}.png")
+    command = [sys.executable, "-m", "anomalib_csflow.runtime", "watch", str(made), "--folder", str(folder)]
+    command += ["--out", str(out), "--threads", "1", "--settle", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if (out / "results.jsonl").exists() and len((out / "results.jsonl").read_bytes().splitlines()) > 3:
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        status = process.wait(timeout=60)
+    assert status == (-number if number is signal.SIGKILL else 0)
+    subprocess.run([*command, "--once"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    assert sorted(str(line["image"]) for line in record(out)) == sorted(path.name for path in folder.iterdir())
+
+
+def test_watch_says_when_the_line_drifts(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(60):  # nothing like the good images
+        Image.fromarray(generator.integers(0, 255, (64, 96), dtype=np.uint8)).save(folder / f"{index}.png")
+    said: list[str] = []
+    watch = Watch(Detector(made), folder, tmp_path / "out", said.append, alarm_rate=0.2)
+    watch.run(once=True)
+    assert [line for line in said if line.startswith("DRIFT")] != []
+
+
+# -- without torch ----------------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, *args):
+        if name.partition(".")[0] in {"torch", "anomalib", "lightning", "timm", "scipy", "pandas", "matplotlib"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_the_line_needs_neither_torch_nor_anomalib(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    for command in (
+        ["validate", made],
+        ["watch", made, "--folder", image_folder / "test", "--once", "--out", tmp_path],
+    ):
+        arguments = [str(part) for part in command]
+        code = f"{BLOCKED}\nfrom anomalib_csflow import cli\nif __name__ == '__main__': cli.main({arguments!r})"
+        (tmp_path / "run.py").write_text(code)  # a file, since validate starts processes that import it
+        subprocess.run([sys.executable, str(tmp_path / "run.py")], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_its_import_takes_less_than_half_a_second() -> None:
+    code = (
+        "import time; start = time.perf_counter(); import anomalib_csflow.runtime; print(time.perf_counter() - start)"
+    )
+    run = [sys.executable, "-c", code]
+    assert min(float(subprocess.run(run, check=True, capture_output=True).stdout) for _ in range(3)) < 0.5
+
+
+# -- a checkpoint is enough -------------------------------------------------------------------------
+
+
+def test_test_predict_and_export_take_all_from_the_checkpoint(
+    checkpoint: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = ["--ckpt_path", str(checkpoint), "--default_root_dir", str(tmp_path)]
+    cli.main(["predict", *shared, "--data", str(image_folder / "test/blob")])
+    cli.main(["export", f"--ckpt_path={checkpoint}", "--export_type", "onnx", "--default_root_dir", str(tmp_path)])
+    assert list(tmp_path.rglob("*.onnx"))
+    with pytest.raises(SystemExit, match=r"there is no checkpoint at nothing\.ckpt"):
+        cli.main(["export", "--ckpt_path", "nothing.ckpt", "--export_type", "onnx"])
+
+
+def test_the_manifest_keeps_its_schema(made: Path) -> None:
+    schema = json.loads((ROOT / "anomalib_csflow/runtime/bundle.schema.json").read_text())
+    manifest = Bundle(made).manifest
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest | {"version": 2}, schema)
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_in_an_environment_with_nothing_else(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    """As the documentation says: ``pip install --no-deps``, and what the bundle's requirements.txt lists."""
+    venv.create(tmp_path / "line", with_pip=True)
+    python = tmp_path / "line" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    try:
+        output_of(python, "-m", "pip", "install", "--quiet", "-r", made / "requirements.txt")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no package index: {error.stderr.splitlines()[-1]}")
+    source = tmp_path / "source"  # a copy: building leaves files
+    for name in ("anomalib_csflow", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    output_of(python, "-m", "pip", "install", "--quiet", "--no-deps", source)
+    installed = output_of(python, "-m", "pip", "list", "--format=freeze")
+    assert "torch" not in installed
+    assert "anomalib==" not in installed
+    program = python.with_name("anomalib-csflow")
+    assert "kept" in output_of(program, "validate", made)
+    output_of(program, "watch", made, "--folder", image_folder / "test", "--out", tmp_path / "out", "--once")
+    assert len(record(tmp_path / "out")) == 8
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+def test_the_program_in_cpp_gives_the_same_numbers(made: Path, images: list[Path], tmp_path: Path) -> None:
+    found = output_of(sys.executable, "-c", "import openvino.utils; print(openvino.utils.get_cmake_path())").strip()
+    source, build = ROOT / "examples/cpp", tmp_path / "build"
+    assert len((source / "judge.cpp").read_text().splitlines()) < 150
+    output_of("cmake", "-S", source, "-B", build, f"-DOpenVINO_DIR={found}")
+    output_of("cmake", "--build", build)
+    files = [tmp_path / f"{index}.ppm" for index in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        Image.open(image).convert("RGB").save(file)
+    lines = output_of(build / "judge", made / "model.xml", *files).splitlines()
+    detector = Detector(made)
+    for line, image in zip(lines, images, strict=True):
+        label, score, highest, masked, _ = line.split()
+        expected = detector(image)
+        assert label == ("reject" if expected.label else "good")
+        assert float(score) == pytest.approx(expected.score, abs=1e-4)
+        assert float(highest) == pytest.approx(expected.anomaly_map.max(), abs=1e-4)
+        assert float(masked) == pytest.approx(expected.mask.mean(), abs=1e-4)
+    files[0].write_bytes(b"P6 9")
+    refused = subprocess.run(
+        [build / "judge", made / "model.xml", files[0]], capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
