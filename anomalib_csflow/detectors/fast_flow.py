@@ -116,7 +116,7 @@ class FastFlow(FlowDetector):
         pre_processor: or True for one made from ``image_size`` and the backbone's own mean and std.
         post_processor: or True for thresholds that are taken from good images, see :doc:`/thresholds`.
         evaluator: or True for AUROC and F1 of images, and of pixels where there are maps.
-        visualizer: or True for anomalib's.
+        visualizer: or True for pictures on the scale of good images, see :doc:`/thresholds`.
 
     Raises:
         ValueError: on an unknown backbone, layer or schedule, or an image size that the layers cannot take.

@@ -12,7 +12,7 @@ from anomalib.metrics.base import AnomalibMetric
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
+from .visualizer import CalibratedVisualizer
 
 
 class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, AnomalibModule, ABC):
@@ -174,6 +175,11 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
             ],
             test_metrics=[*defaults.test_metrics],
         )
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Pictures on the scale that good images gave."""
+        return CalibratedVisualizer()
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's components, and a feature cache unless the trainer has one already."""

@@ -15,6 +15,7 @@ from anomalib_csflow.calibration import Kind, Promise, joint_thresholds
 from anomalib_csflow.calibration.promises import CONFIDENCE, check_asked
 
 from .good_images import NAN, GoodImages, GoodScale, image_scores
+from .verdicts import levels
 
 ThresholdMode = Literal["conformal", "f1"]
 THRESHOLD_MODES: tuple[str, ...] = get_args(ThresholdMode)
@@ -99,6 +100,17 @@ class ConformalPostProcessor(PostProcessor):
     def is_calibrated(self) -> bool:
         """Whether there are thresholds of good images."""
         return self.score_scale.is_calibrated
+
+    @property
+    def gives_calibrated(self) -> bool:
+        """Whether scores and maps come out calibrated: not by F1, before a calibration, or with raw scores."""
+        return self.threshold == "conformal" and self.is_calibrated and self.enable_normalization
+
+    @property
+    def good_levels(self) -> Tensor:
+        """``(n,)``, of each good image that was calibrated on the larger of calibrated score and map's maximum."""
+        maxima = self.map_scale(self.map_scale.good) if self.map_scale.is_calibrated else None
+        return levels(self.score_scale(self.score_scale.good), maxima)
 
     def calibrate(
         self,
