@@ -1,4 +1,4 @@
-"""Pictures of tested and predicted images, which mean the same from image to image."""
+"""Pictures of tested and predicted images, which mean the same from image to image, and charts of their scores."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +10,10 @@ from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_image
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from . import drawing
+from . import charts, drawing
 from .post_processing import ConformalPostProcessor
 from .verdicts import verdict
 
@@ -29,6 +30,11 @@ class CalibratedVisualizer(ImageVisualizer):
 
     Above them stands the verdict, such as "good: like 43 of 100 good parts", where 43 of the 100 good images that were
     calibrated on are at least as unusual as this one, in score or map. Detectors without maps have one panel.
+
+    A fit ends with ``thresholds.png`` in the results' folder: a histogram of the good images that were calibrated on,
+    the threshold, and what it promises. A test with good and defective images, in one process, ends with ``test.png``:
+    histograms of both, the ROC curve, the PRO curve if there are true masks, and false alarms and recall at the
+    threshold.
 
     Pictures of detectors that are not calibrated (``post_processor=False``, anomalib's own, ``threshold="f1"``) are
     anomalib's.
@@ -49,18 +55,36 @@ class CalibratedVisualizer(ImageVisualizer):
         super().__init__(output_dir=output_dir, **kwargs)
         self.size = size
         self.post_processor: ConformalPostProcessor | None = None
+        self._tested = charts.ScoredTest()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know whose predictions will be drawn."""
         del trainer, stage
         processor = getattr(pl_module, "post_processor", None)
         self.post_processor = processor if isinstance(processor, ConformalPostProcessor) else None
+        self._tested = charts.ScoredTest()
 
     @property
     def calibrated(self) -> ConformalPostProcessor | None:
         """What calibrates the predictions; None if nothing does."""
         processor = self.post_processor
         return processor if processor is not None and processor.gives_calibrated else None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the good images that were calibrated on, and the threshold."""
+        del pl_module
+        if self.calibrated is not None and trainer.is_global_zero:
+            path = _chart(trainer, "thresholds.png")
+            charts.draw_good(path, self.calibrated.good_levels.cpu().numpy(), str(self.calibrated.made))
+            rank_zero_info(f"The scores of good images and the threshold are drawn in {path}.")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the scores of good and defective images."""
+        del pl_module
+        if self.calibrated is not None and self._tested.has_both and trainer.world_size == 1:
+            path = _chart(trainer, "test.png")
+            charts.draw_tested(path, self._tested, str(self.calibrated.made))
+            rank_zero_info(f"{self._tested} Drawn in {path}.")
 
     def on_test_batch_end(
         self,
@@ -73,6 +97,8 @@ class CalibratedVisualizer(ImageVisualizer):
     ) -> None:
         """Draw a batch's images and write them; anomalib's hook for predictions comes here too."""
         del pl_module, outputs, batch_idx, dataloader_idx
+        if self.calibrated is not None:
+            self._tested.add(batch)
         datamodule = getattr(trainer, "datamodule", None)
         for item in batch:
             picture = self.draw(item)
@@ -127,6 +153,13 @@ class CalibratedVisualizer(ImageVisualizer):
             note=note,
             size=self.size,
         )
+
+
+def _chart(trainer: Trainer, name: str) -> Path:
+    """Where a chart goes."""
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def _array(values: Any) -> Any:
