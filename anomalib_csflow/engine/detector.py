@@ -26,7 +26,7 @@ from .compiled import compiled
 from .exports import FlowExports
 from .feature_cache import FeatureCache
 from .fitting import FlowFitting
-from .images import ImageOptions, check_images, image_files
+from .images import ImageOptions, check_images, check_number, image_files
 from .model import FlowModel
 from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
@@ -211,6 +211,10 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         return cache.opened if cache and cache.opened else ComputedFeatures(self.compute)
 
     # -- training ---------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Check the number of good images, since the datamodule's ``setup`` comes before ours."""
+        check_number(getattr(self.trainer, "datamodule", None))
 
     def setup(self, stage: str) -> None:
         """Open the feature cache for a fit, and check the images of a stage before any long work."""

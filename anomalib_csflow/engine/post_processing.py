@@ -216,10 +216,12 @@ class ConformalPostProcessor(PostProcessor):
         return not trainer.sanity_checking and not self._is_given and (is_fitting or not self.is_calibrated)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the thresholds promise."""
+        """Say what the thresholds promise, or that there are none."""
         del trainer, pl_module
         if self.threshold == "conformal" and self.made is not None:
             rank_zero_info(str(self.made))
+        elif self.threshold == "conformal":
+            self._warn()
 
     # -- what it makes of predictions -------------------------------------------------------------
 
