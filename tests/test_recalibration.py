@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from anomalib_csflow import CSFlow, cli
 
 SIZED = SMALL | {"image_size": [96, 128]}
+pytestmark = pytest.mark.filterwarnings("ignore:.*The new thresholds are too low")  # they are, here
 
 
 @pytest.fixture

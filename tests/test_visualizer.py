@@ -156,6 +156,18 @@ def test_truth_stands_in_the_plain_panel(visualizer: CalibratedVisualizer) -> No
     assert not green[:, 120:].any()
 
 
+def test_notes(visualizer: CalibratedVisualizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(drawing, "picture", lambda *_, **given: said.append(given["note"]))
+    item = judged(visualizer.post_processor)[-1]
+    visualizer.draw(item)
+    item.gt_label = torch.tensor(True)
+    visualizer.draw(item)
+    item.pred_mask = torch.zeros(8, 6, dtype=torch.bool)
+    visualizer.draw(item)
+    assert said == ["", "(labelled defective)", "(no single place stands out; labelled defective)"]
+
+
 # -- which are drawn --------------------------------------------------------------------------------
 
 

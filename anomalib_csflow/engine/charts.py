@@ -34,7 +34,7 @@ class ScoredTest:
 
     def add(self, batch: ImageBatch) -> None:
         """Take in a batch with calibrated scores and labels, and its maps and true masks if there are such."""
-        if batch.gt_label is None or batch.pred_label is None:
+        if batch.gt_label is None or batch.pred_label is None or batch.pred_score is None:
             return
         maps = batch.anomaly_map if batch.pred_mask is not None else None
         maxima = None if maps is None else maps.flatten(1).amax(1)

@@ -32,6 +32,7 @@ from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
+from .roles import SeenImages
 from .visualizer import CalibratedVisualizer
 
 
@@ -65,6 +66,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     ) -> None:
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
+        self.roles = {}
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = image_options.weights == "random"  # which can be had nowhere again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
@@ -182,9 +184,9 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         return CalibratedVisualizer()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's components, and a feature cache unless the trainer has one already."""
+        """Anomalib's components, notes of what was seen, and a feature cache unless the trainer has one already."""
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        return callbacks if self.feature_cache else [*callbacks, FeatureCache()]
+        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()])]
 
     # -- features ---------------------------------------------------------------------------------
 

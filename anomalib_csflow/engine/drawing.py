@@ -20,7 +20,7 @@ COLOURS = (  # calibrated value, opacity, red, green, blue
 """Of the heat map: nothing up to 0.4, yellow at the threshold, 0.5, red far beyond it, and then purple."""
 CONTOUR, BOX, TRUTH = (255, 0, 0), (0, 220, 255), (0, 255, 0)
 STRIPS = {None: (90, 90, 90), True: (170, 20, 30), False: (20, 110, 50)}
-JOINED = 0.02
+JOINED = 0.04
 """Share of the longer side: parts of a mask that are nearer to each other than this are one defect."""
 GAP = 8
 """Pixels between panels."""

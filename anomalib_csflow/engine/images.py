@@ -82,9 +82,10 @@ def check_number(datamodule: object) -> None:
     needs_test |= datamodule.test_split_mode == TestSplitMode.SYNTHETIC
     if takes_from_train and needs_test and not int(number * ratio):
         needed = next(n for n in count(number + 1) if int(n * ratio))
+        where = Path(listed.train_data.samples.image_path[0]).parent
         msg = (
             f"there {'is' if number == 1 else 'are'} {number} good image{'' if number == 1 else 's'} in "
-            f"{datamodule.normal_dir}, and anomalib keeps {ratio:.0%} of them for validation and test, which takes "
+            f"{where}, and anomalib keeps {ratio:.0%} of them for validation and test, which takes "
             f"{needed} or more: add good images (thresholds that are worth having take 20), or name a folder of others "
             "to validate on as --data.normal_test_dir"
         )

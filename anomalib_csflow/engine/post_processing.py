@@ -103,7 +103,7 @@ class ConformalPostProcessor(PostProcessor):
 
     @property
     def gives_calibrated(self) -> bool:
-        """Whether scores and maps come out calibrated: not by F1, before a calibration, or with raw scores."""
+        """Whether scores and maps come out calibrated, which they do not by F1, raw, or before a calibration."""
         return self.threshold == "conformal" and self.is_calibrated and self.enable_normalization
 
     @property

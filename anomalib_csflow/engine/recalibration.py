@@ -7,13 +7,16 @@ import torch
 from anomalib.data import PredictDataset
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_csflow.calibration import Promise
 
+from .checkpoints import CHECKPOINT_KEY
 from .good_images import GoodImages
 from .post_processing import ConformalPostProcessor
+from .roles import TRAINED, VALIDATED, digests, met
 
 if TYPE_CHECKING:
     from .detector import FlowDetector
@@ -92,6 +95,10 @@ def recalibrate(
     config |= {key: value for key, value in {"false_alarm_rate": rate, "promise": promise}.items() if value is not None}
     processor = ConformalPostProcessor(config["false_alarm_rate"], config["promise"])  # checks them
     processor.load_checkpoint_config(config)
+    images = [str(file) for file in PredictDataset(folder).image_filenames]
+    trained_on = met(images, {TRAINED: detector.roles.get(TRAINED, [])})
+    if trained_on:
+        rank_zero_warn(f"{trained_on} The new thresholds are too low: calibrate on other good images.")
     made = processor.calibrate(*raw_scores(detector, folder))
     with anomalib_safe_globals(extra=detector_class.checkpoint_safe_globals()):
         written = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -102,17 +109,18 @@ def recalibrate(
     # the old one is a callback too, and its state there is the same tensors
     for key in [key for key in written.get("callbacks", {}) if "PostProcessor" in key]:
         del written["callbacks"][key]
+    written[CHECKPOINT_KEY]["images"] = detector.roles | {VALIDATED: digests(images)}
     written["anomalib_post_processor_config"] = processor.checkpoint_config()
     written["anomalib_components_enabled"]["post_processor"] = True
     torch.save(written, output)
     return made
 
 
-def detector_name(checkpoint: Path, key: str = "anomalib_csflow") -> str | None:
+def detector_name(checkpoint: Path) -> str | None:
     """Name of the detector that wrote a checkpoint; None of another package's, or of what is no checkpoint."""
     try:
         with anomalib_safe_globals():
             written = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the reader raises many kinds
         return None
-    return written.get(key, {}).get("detector") if isinstance(written, dict) else None
+    return written.get(CHECKPOINT_KEY, {}).get("detector") if isinstance(written, dict) else None

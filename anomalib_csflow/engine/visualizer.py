@@ -26,7 +26,7 @@ class CalibratedVisualizer(ImageVisualizer):
     - the heat map: a calibrated value has one colour in all images and of all detectors, yellow at the threshold
       (0.5), red and then purple far beyond it, and none below 0.4;
     - the contour of the mask, at the map's threshold, in red;
-    - a box around each defect, in cyan; parts of the mask within 2 % of the image's side are one.
+    - a box around each defect, in cyan; parts of the mask within 4 % of the image's side are one.
 
     Above them stands the verdict, such as "good: like 43 of 100 good parts", where 43 of the 100 good images that were
     calibrated on are at least as unusual as this one, in score or map. Detectors without maps have one panel.
@@ -86,7 +86,7 @@ class CalibratedVisualizer(ImageVisualizer):
             charts.draw_tested(path, self._tested, str(self.calibrated.made))
             rank_zero_info(f"{self._tested} Drawn in {path}.")
 
-    def on_test_batch_end(
+    def on_test_batch_end(  # type: ignore[override] # anomalib's own signature is not Lightning's
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -142,15 +142,17 @@ class CalibratedVisualizer(ImageVisualizer):
         label = None if item.pred_label is None else bool(item.pred_label)
         mask, truth = _array(item.pred_mask), _array(item.gt_mask)
         true_label = getattr(item, "gt_label", None)
-        note = "" if true_label is None else f"(labelled {'defective' if bool(true_label) else 'good'})"
+        notes = ["no single place stands out"] if label and mask is not None and not mask.any() else []
+        if true_label is not None:
+            notes.append(f"labelled {'defective' if bool(true_label) else 'good'}")
         return drawing.picture(
-            visualize_image(item.image_path or item.image),
+            visualize_image(cast("str", item.image_path or item.image)),
             str(verdict(label, level, processor.good_levels)),
             is_defect=label,
             heat=heat,
             mask=None if mask is None else mask > 0,
             truth=truth > 0 if truth is not None and truth.any() else None,
-            note=note,
+            note=f"({'; '.join(notes)})" if notes else "",
             size=self.size,
         )
 
