@@ -39,7 +39,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     # what is not ours has its own pages, which would have to be asked for over the network
-    (r"py:.*", r"(anomalib|collections|FrEIA|jsonargparse|lightning|numpy|pathlib|torch|typing)\..*"),
+    (r"py:.*", r"(anomalib|collections|FrEIA|jsonargparse|lightning|numpy|pathlib|PIL|torch|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Path|Self)"),
     # what a type is made of, where a docstring names it in words
     (r"py:class", r"(optional|callable)"),
