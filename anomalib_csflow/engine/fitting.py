@@ -188,11 +188,14 @@ class FlowFitting(LightningModule):
         return images if isinstance(images, AnomalibDataset) else None
 
     def show_suspects(self) -> None:
-        """Log the least likely training images, among which a defect may be; by refits' scores if there are such."""
+        """Log the least likely training images, among which a defect may be; by refits' scores if there are such.
+
+        Not where features are not kept, since all would be computed once more.
+        """
         processor, images = self.post_processor, self.training_images
         if not isinstance(processor, ConformalPostProcessor) or not processor.gives_calibrated:
             return
-        if images is not None and self.trainer.world_size == 1:
+        if images is not None and self.provider.keeps and self.trainer.world_size == 1:
             seen = self._unseen or scored(self, images)  # type: ignore[arg-type]
             rank_zero_info(least_likely(seen, processor, is_out_of_fold=bool(self._unseen)))
 
