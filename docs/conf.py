@@ -39,7 +39,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     # other projects have their own pages, which would need the network
-    (r"py:.*", r"(anomalib|collections|FrEIA|jsonargparse|lightning|numpy|pathlib|torch|typing)\..*"),
+    (r"py:.*", r"(anomalib|collections|FrEIA|jsonargparse|lightning|numpy|pathlib|PIL|torch|typing)\..*"),
     (r"py:.*", r"(Any|Callable|Path|Self)"),
     # parts of types that a docstring names in words
     (r"py:class", r"(optional|callable)"),

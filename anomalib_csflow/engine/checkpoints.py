@@ -14,6 +14,7 @@ from anomalib_csflow.features import weights
 
 from .images import ImageOptions
 from .model import FlowModel
+from .roles import Roles
 
 CHECKPOINT_KEY = "anomalib_csflow"
 BACKBONE = "model.features.backbone."
@@ -71,6 +72,7 @@ class LeanCheckpoints(LightningModule):
             checkpoint, and so must the backbone, its weights and the rest of :class:`~.images.ImageOptions`.
         free_arguments: the detector's own arguments that may differ, as may :class:`~.optimization.TrainingOptions`.
         keep_backbone: whether checkpoints contain the backbone, because its weights cannot be loaded from elsewhere.
+        roles: digests of the images that it was trained or validated on, see :mod:`~.roles`.
     """
 
     output_arguments: ClassVar[tuple[str, ...]]
@@ -78,6 +80,7 @@ class LeanCheckpoints(LightningModule):
     model: FlowModel
     image_options: ImageOptions
     keep_backbone: bool
+    roles: Roles
     checkpoint_safe_globals: ClassVar[Callable[[], list[Any]]]  # AnomalibModule's
 
     @property
@@ -102,12 +105,14 @@ class LeanCheckpoints(LightningModule):
             "detector": type(self).__name__,
             "backbone": weights.fingerprint(self.model.features.backbone),
             "arguments": self.output_values,
+            "images": self.roles,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this detector, and put back what was left out."""
         self._check_checkpoint(checkpoint)
         self._check_arguments(checkpoint[CHECKPOINT_KEY])
+        self.roles = checkpoint[CHECKPOINT_KEY].get("images", {})
         state = checkpoint["state_dict"]
         self.keep_backbone = any(key.startswith(BACKBONE) for key in state)
         if not self.keep_backbone and checkpoint[CHECKPOINT_KEY]["backbone"] != weights.fingerprint(

@@ -12,7 +12,7 @@ from anomalib.metrics.base import AnomalibMetric
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ from .compiled import compiled
 from .exports import FlowExports
 from .feature_cache import FeatureCache
 from .fitting import FlowFitting
-from .images import ImageOptions, check_images, image_files
+from .images import ImageOptions, check_images, check_number, image_files
 from .model import FlowModel
 from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
+from .roles import SeenImages
+from .visualizer import CalibratedVisualizer
 
 
 class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, AnomalibModule, ABC):
@@ -64,6 +66,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     ) -> None:
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
+        self.roles = {}
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = image_options.weights == "random"  # which cannot be loaded again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
@@ -175,10 +178,15 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
             test_metrics=[*defaults.test_metrics],
         )
 
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Pictures on the scale that good images gave."""
+        return CalibratedVisualizer()
+
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's components, and a feature cache unless the trainer has one already."""
+        """Anomalib's components, notes of what was seen, and a feature cache unless the trainer has one already."""
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        return callbacks if self.feature_cache else [*callbacks, FeatureCache()]
+        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()])]
 
     # -- features ---------------------------------------------------------------------------------
 
@@ -205,6 +213,10 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         return cache.opened if cache and cache.opened else ComputedFeatures(self.compute)
 
     # -- training ---------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Check the number of good images, since the datamodule's ``setup`` comes before ours."""
+        check_number(getattr(self.trainer, "datamodule", None))
 
     def setup(self, stage: str) -> None:
         """Open the feature cache for a fit, and check a stage's images before any long work starts."""

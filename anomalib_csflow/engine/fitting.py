@@ -19,10 +19,12 @@ from anomalib_csflow.flows.pyramid import Pyramid
 
 from .compiled import CompiledFeatures
 from .folds import LEAST_IMAGES, out_of_fold
+from .good_images import Seen
 from .model import FlowModel
 from .optimization import TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .providers import CachedSet, FeatureProvider, RepeatedSet
+from .suspects import least_likely, scored
 
 LEAST_SHRINKAGE = 0.1
 """Least shrinkage of a whitening, in standard deviations of the channels; more if the training noise is larger."""
@@ -37,6 +39,7 @@ class FlowFitting(LightningModule):
     pre_processor: PreProcessor | None
     post_processor: PostProcessor | None
     compiled: CompiledFeatures | None = None
+    _unseen: list[Seen]
     _noise = 0.0
     _measured_step = -1
     _saved_step = -1
@@ -137,7 +140,9 @@ class FlowFitting(LightningModule):
         If a monitored metric chose the checkpoint of another step, that one stays, with its validation's thresholds.
         """
         self._measure_once()
+        self._unseen = []
         is_new = self.calibrate_out_of_fold() or self._saved_step != self.global_step
+        self.show_suspects()
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath and checkpoint.monitor is None and is_new:
             path = checkpoint.best_model_path or Path(checkpoint.dirpath) / f"{checkpoint.filename or 'model'}.ckpt"
@@ -153,25 +158,46 @@ class FlowFitting(LightningModule):
         processor = self.post_processor
         if not isinstance(processor, ConformalPostProcessor) or processor.is_satisfied:
             return False
-        images: Any = getattr(self.trainer.train_dataloader, "dataset", None)
-        while isinstance(images, (RepeatedSet, CachedSet)):
-            images = images.dataset
-        reason = None
-        if not isinstance(images, AnomalibDataset) or not self.provider.keeps:
+        images, reason = self.training_images, None
+        if images is None or not self.provider.keeps:
             reason = "the features of the training images are not cached, so each refit would take as long as the fit"
         elif self.trainer.world_size > 1:
             reason = "there are no refits with several processes"
         elif len(images) < LEAST_IMAGES:
             reason = f"{len(images)} training images are too few to refit on, which takes {LEAST_IMAGES} or more"
-        if reason is not None:
-            rank_zero_warn(
-                f"Thresholds come from {processor.num_good} good validation images only, which is too few for "
-                f"false_alarm_rate={processor.false_alarm_rate}: {reason}."
+        if images is None or reason is not None:
+            source = (
+                f"come from {processor.num_good} good validation images only, which is too few for "
+                f"false_alarm_rate={processor.false_alarm_rate}"
+                if processor.num_good
+                else "cannot be set, because there is no good validation image"
             )
+            rank_zero_warn(f"Thresholds {source}: {reason}.")
             return False
-        scores, maxima = out_of_fold(self, images, processor.num_folds)  # type: ignore[arg-type]
-        processor.calibrate_out_of_fold(scores, maxima)
+        unseen = out_of_fold(self, images, processor.num_folds)  # type: ignore[arg-type]
+        self._unseen = unseen.seen
+        processor.calibrate_out_of_fold(*unseen.take())
         return True
+
+    @property
+    def training_images(self) -> AnomalibDataset | None:
+        """The training set as the datamodule made it; None if it is not one of anomalib's."""
+        images: Any = getattr(self.trainer.train_dataloader, "dataset", None)
+        while isinstance(images, (RepeatedSet, CachedSet)):
+            images = images.dataset
+        return images if isinstance(images, AnomalibDataset) else None
+
+    def show_suspects(self) -> None:
+        """Log the least likely training images, among which a defect may be; by refits' scores if there are such.
+
+        Not where features are not kept, since all would be computed once more.
+        """
+        processor, images = self.post_processor, self.training_images
+        if not isinstance(processor, ConformalPostProcessor) or not processor.gives_calibrated:
+            return
+        if images is not None and self.provider.keeps and self.trainer.world_size == 1:
+            seen = self._unseen or scored(self, images)  # type: ignore[arg-type]
+            rank_zero_info(least_likely(seen, processor, is_out_of_fold=bool(self._unseen)))
 
     def _measure_once(self) -> None:
         if self.trainer.state.fn == "fit" and self._measured_step != self.global_step:

@@ -8,7 +8,6 @@ import torch
 from anomalib.data import AnomalibDataset
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .good_images import GoodImages
@@ -54,7 +53,7 @@ class _Scores(Callback):
         self.images.add(outputs)
 
 
-def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> tuple[Tensor, Tensor | None]:
+def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> GoodImages:
     """For each fold, refit a detector on the images of all other folds, and score those of the fold.
 
     The refits use the same features, steps and settings as the detector's own fit, which has ended.
@@ -65,7 +64,7 @@ def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: in
         num_folds: number of folds, of equal size.
 
     Returns:
-        Raw scores ``(n,)`` and maxima of the maps ``(n,)`` (None without maps), in arbitrary order.
+        The images with their raw scores and the maxima of their maps, in arbitrary order.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     collector = _Scores()
@@ -80,7 +79,7 @@ def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: in
             scored, fitted = order[fold::num_folds], [i for k, i in enumerate(order) if k % num_folds != fold]
             data = _Fold(_subset(images, fitted), _subset(images, scored), loader.batch_size, loader.num_workers)
             _refit(detector, data, collector)
-    return collector.images.take()
+    return collector.images
 
 
 def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:

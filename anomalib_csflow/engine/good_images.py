@@ -75,11 +75,20 @@ class GoodScale(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+Seen = tuple[str, float, float | None]
+"""Path, raw score and the raw map's maximum of a good image; None without a map."""
+
+
 class GoodImages:
     """Collects the raw scores and the maxima of the maps of all good validation images."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[str, float, float | None]] = []
+        self._seen: list[Seen] = []
+
+    @property
+    def seen(self) -> list[Seen]:
+        """What was collected, in its order."""
+        return [*self._seen]
 
     def add(self, batch: Batch[Any]) -> None:
         """Add a batch; without labels, all its images count as good."""
@@ -96,7 +105,7 @@ class GoodImages:
         """Return scores ``(n,)`` and maxima ``(n,)`` (None without maps) of all processes, and forget them."""
         seen, self._seen = self._seen, []
         if world_size > 1:
-            parts: list[list[tuple[str, float, float | None]]] = [[] for _ in range(world_size)]
+            parts: list[list[Seen]] = [[] for _ in range(world_size)]
             torch.distributed.all_gather_object(parts, seen)
             # a sampler gives some images to two processes, so that all have the same number
             images = [image for part in parts for image in part]

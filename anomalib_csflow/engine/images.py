@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from anomalib.data import Folder
+from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from rich.progress import track
@@ -53,6 +57,39 @@ class ImageOptions:
             raise ValueError(msg)
         mean, std = weights.normalization(self.backbone)
         return PreProcessor(Compose([Resize(pixels, antialias=self.antialias), Normalize(mean, std)]))
+
+
+class TooFewImagesError(ValueError):
+    """There are fewer good images than anomalib can divide into those to train, validate and test on."""
+
+
+def check_number(datamodule: object) -> None:
+    """Check that a folder's good images can be divided as its datamodule wants, before it tries to.
+
+    Args:
+        datamodule: any; only anomalib's ``Folder`` is checked, before its ``setup``.
+
+    Raises:
+        TooFewImagesError: says how many there are, and how many are needed.
+    """
+    if not isinstance(datamodule, Folder) or hasattr(datamodule, "train_data"):
+        return
+    listed = copy(datamodule)
+    listed._setup()  # lists the files, and divides nothing
+    ratio, number = datamodule.test_split_ratio, len(listed.train_data)
+    takes_from_train = not listed.test_data.has_normal and datamodule.test_split_mode != TestSplitMode.NONE
+    needs_test = datamodule.val_split_mode == ValSplitMode.FROM_TEST and not len(listed.test_data)
+    needs_test |= datamodule.test_split_mode == TestSplitMode.SYNTHETIC
+    if takes_from_train and needs_test and not int(number * ratio):
+        needed = next(n for n in count(number + 1) if int(n * ratio))
+        where = Path(listed.train_data.samples.image_path[0]).parent
+        msg = (
+            f"there {'is' if number == 1 else 'are'} {number} good image{'' if number == 1 else 's'} in "
+            f"{where}, and anomalib keeps {ratio:.0%} of them for validation and test, which takes "
+            f"{needed} or more: add good images (thresholds that are worth having take 20), or name a folder of others "
+            "to validate on as --data.normal_test_dir"
+        )
+        raise TooFewImagesError(msg)
 
 
 class UnreadableImageError(OSError):

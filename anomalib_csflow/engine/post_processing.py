@@ -15,6 +15,7 @@ from anomalib_csflow.calibration import Kind, Promise, joint_thresholds
 from anomalib_csflow.calibration.promises import CONFIDENCE, check_asked
 
 from .good_images import NAN, GoodImages, GoodScale, image_scores
+from .verdicts import levels
 
 ThresholdMode = Literal["conformal", "f1"]
 THRESHOLD_MODES: tuple[str, ...] = get_args(ThresholdMode)
@@ -99,6 +100,17 @@ class ConformalPostProcessor(PostProcessor):
     def is_calibrated(self) -> bool:
         """Whether there are thresholds from good images."""
         return self.score_scale.is_calibrated
+
+    @property
+    def gives_calibrated(self) -> bool:
+        """Whether scores and maps come out calibrated, which they do not by F1, raw, or before a calibration."""
+        return self.threshold == "conformal" and self.is_calibrated and self.enable_normalization
+
+    @property
+    def good_levels(self) -> Tensor:
+        """``(n,)``, of each good image that was calibrated on the larger of calibrated score and map's maximum."""
+        maxima = self.map_scale(self.map_scale.good) if self.map_scale.is_calibrated else None
+        return levels(self.score_scale(self.score_scale.good), maxima)
 
     def calibrate(
         self,
@@ -204,10 +216,12 @@ class ConformalPostProcessor(PostProcessor):
         return not trainer.sanity_checking and not self._is_given and (is_fitting or not self.is_calibrated)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the thresholds promise."""
+        """Log what the thresholds promise, or that there are none."""
         del trainer, pl_module
         if self.threshold == "conformal" and self.made is not None:
             rank_zero_info(str(self.made))
+        elif self.threshold == "conformal":
+            self._warn()
 
     # -- predictions ------------------------------------------------------------------------------
 

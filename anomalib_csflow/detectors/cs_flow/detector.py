@@ -148,7 +148,7 @@ class CSFlow(FlowDetector):
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
-        visualizer: True creates anomalib's.
+        visualizer: True creates one whose pictures use the scale of good images, see :doc:`/thresholds`.
 
     Raises:
         ValueError: on an unknown backbone, layer or map mode, or an image too small for the scales.
