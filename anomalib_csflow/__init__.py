@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .detectors.real_nvp import RealNVP as RealNVP
     from .engine.feature_cache import FeatureCache as FeatureCache
     from .engine.post_processing import ConformalPostProcessor as ConformalPostProcessor
+    from .recipe_files import from_recipe as from_recipe
 
 __version__ = version("anomalib-csflow")
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "FeatureCache": ".engine.feature_cache",
     "MSFlow": ".detectors.ms_flow",
     "RealNVP": ".detectors.real_nvp",
+    "from_recipe": ".recipe_files",
 }
 """The module of each public name. It is imported on first use: torch and anomalib take seconds to import."""
 

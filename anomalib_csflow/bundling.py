@@ -37,6 +37,15 @@ ANTIALIASED = (
     "than the model's input, the thresholds do not fit. Fit it with antialias=False, as the small recipes do"
 )
 OUTPUTS = "reference/outputs.npz"
+MODEL_INFO = {
+    "model_type": "AnomalyDetection",
+    "task": "segmentation",
+    "labels": "Good Anomaly",
+    "reverse_input_channels": "False",  # RGB, as it reads images
+    "image_threshold": "0.5",
+    "pixel_threshold": "0.5",
+    "normalization_scale": "1",
+}
 
 
 def load_detector(checkpoint: str | Path) -> FlowDetector:
@@ -121,7 +130,23 @@ def _export(detector: FlowDetector, name: Format, folder: Path) -> str:
         for file in path.parent.iterdir():
             if file.suffix in found and (name == "onnx") == (".onnx" in file.name):
                 shutil.copy(file, folder / found[file.suffix])
+    if name == "openvino":
+        _describe(folder / found[path.suffix])
     return found[path.suffix]
+
+
+def _describe(path: Path) -> None:
+    """Write into an OpenVINO model what ``openvino-model-api`` reads: it takes label and mask from the graph."""
+    import openvino  # noqa: PLC0415 (optional)
+
+    model = openvino.Core().read_model(path)
+    for key, value in MODEL_INFO.items():
+        model.set_rt_info(value, ["model_info", key])
+    described = path.with_name(f"described_{path.name}")
+    openvino.save_model(model, described, compress_to_fp16=False)
+    del model  # which has the old weights open
+    described.replace(path)
+    described.with_suffix(".bin").replace(path.with_suffix(".bin"))
 
 
 def _reference_images(detector: FlowDetector, reference: str | Path | None) -> list[NDArray[np.uint8]]:

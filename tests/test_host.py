@@ -68,7 +68,7 @@ def test_importing_us_changes_nothing_for_others() -> None:
 
 def test_public_names() -> None:
     detectors = {"CFlow", "CSFlow", "DifferNet", "FastFlow", "MSFlow", "RealNVP"}
-    assert set(anomalib_csflow.__all__) == detectors | {"ConformalPostProcessor", "FeatureCache"}
+    assert set(anomalib_csflow.__all__) == detectors | {"ConformalPostProcessor", "FeatureCache", "from_recipe"}
     assert anomalib_csflow.__version__
 
 

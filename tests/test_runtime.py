@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.data import Folder
@@ -333,6 +334,13 @@ def test_watch_says_when_the_line_drifts(made: Path, tmp_path: Path) -> None:
     watch = Watch(Detector(made), folder, tmp_path / "out", said.append, alarm_rate=0.2)
     watch.run(once=True)
     assert [line for line in said if line.startswith("DRIFT")] != []
+
+
+def test_the_model_says_what_it_is_to_openvino_model_api(made: Path) -> None:
+    model = openvino.Core().read_model(made / "model.xml")
+    assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "AnomalyDetection"
+    assert float(model.get_rt_info(["model_info", "image_threshold"]).astype(str)) == 0.5
+    assert {name for output in model.outputs for name in output.names} >= {"pred_score", "pred_label", "anomaly_map"}
 
 
 # -- without torch ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from .watch import Watch
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m anomalib_csflow.runtime") -> None:
     """Run a command; the exit status is 1 if a promise is broken, 2 for bad input."""
-    parsed = _parser(program).parse_args(arguments)
+    parsed = parser(program).parse_args(arguments)
     try:
         if parsed.command == "validate":
             measured = validate(parsed.bundle, parsed.images, parsed.threads)
@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
         sys.exit(2)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description="Run a bundle.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser(program: str) -> argparse.ArgumentParser:
+    """The commands and their options."""
+    made = argparse.ArgumentParser(prog=program, description="Run a bundle.")
+    commands = made.add_subparsers(dest="command", required=True)
     check = commands.add_parser("validate", help="compare each installed runtime with the expected outputs")
     check.add_argument("bundle", type=Path, help="a folder or a zip file")
     check.add_argument("--images", type=Path, help="a folder of more images to compare the runtimes on")
@@ -54,7 +55,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     line.add_argument("--false_alarm_rate", type=float, help="another rate than the bundle's: the threshold moves")
     line.add_argument("--settle", type=float, default=0.5, help="seconds for which a file must not have changed")
     line.add_argument("--once", action="store_true", help="stop when all images that are there are judged")
-    return parser
+    return made
 
 
 if __name__ == "__main__":
