@@ -75,8 +75,8 @@ def threshold(
         confidence: of a certified promise.
 
     Returns:
-        The threshold (one of the scores) and its rate: the requested one, or the lowest that can be promised with n
-        images, which is never below ``1 / (n + 1)``.
+        The threshold, which is one of the scores, with its rate. This is the requested rate, or the lowest one that can
+        be promised with n images, which is never below ``1 / (n + 1)``.
 
     Raises:
         ValueError: if there are no scores, one is not finite, or the rate, the kind or the confidence is not valid.

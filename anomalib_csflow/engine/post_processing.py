@@ -166,7 +166,7 @@ class ConformalPostProcessor(PostProcessor):
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether no refits are needed: the thresholds keep the requested rate, or refits are switched off."""
+        """Whether no refits are needed, because the rate is kept or because they are switched off."""
         return self.threshold == "f1" or not self.num_folds or (self.made is not None and self.made.is_as_asked)
 
     def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
