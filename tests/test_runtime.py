@@ -450,3 +450,20 @@ def test_the_program_in_cpp_gives_the_same_numbers(made: Path, images: list[Path
         [build / "judge", made / "model.xml", files[0]], capture_output=True, text=True, check=False
     )
     assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+
+
+def test_a_file_that_is_still_being_written_waits(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    data = (image_folder / "test/good/000.png").read_bytes()
+    watch = Watch(Detector(made), folder, tmp_path / "out", lambda _: None)
+    path = folder / "slow.png"
+    path.write_bytes(data[:100])
+    os.utime(path, (0, 0))  # as a copy that keeps its source's time
+    assert watch._arrived(0.05) == []
+    time.sleep(0.06)
+    path.write_bytes(data)
+    os.utime(path, (0, 0))
+    assert watch._arrived(0.05) == []
+    time.sleep(0.06)
+    assert watch._arrived(0.05) == [path]

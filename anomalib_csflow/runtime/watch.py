@@ -48,6 +48,7 @@ class Watch:
     settle: float = 0.5
     alarm_rate: float = 0.01
     _done: set[str] = field(default_factory=set)
+    _seen: dict[Path, tuple[tuple[int, int] | None, float]] = field(default_factory=dict)
     _monitor: DriftMonitor | None = None
     _is_alarmed: bool = False
     _stopped: bool = False
@@ -71,7 +72,7 @@ class Watch:
         count = 0
         with self._stopping():
             while not self._stopped:
-                arrived = self._arrived(time.time() - (0 if once else self.settle))
+                arrived = self._arrived(0 if once else self.settle)
                 for path in arrived:
                     self._judge(path)
                     count += 1
@@ -83,8 +84,8 @@ class Watch:
                     time.sleep(min(self.settle, 0.2))
         return count
 
-    def _arrived(self, before: float) -> list[Path]:
-        """Images that are complete and not in the record, the oldest first."""
+    def _arrived(self, settle: float) -> list[Path]:
+        """Images that have not changed for so many seconds and are not in the record, the oldest first."""
         suffixes, found = Image.registered_extensions(), []
         for path in self.folder.rglob("*"):
             if path.suffix.lower() not in suffixes or path.name.startswith("."):
@@ -93,7 +94,14 @@ class Watch:
                 status = path.stat()
             except OSError:  # it went away
                 continue
-            if status.st_mtime <= before and status.st_size and self._key(path) not in self._done:
+            if not status.st_size or self._key(path) in self._done:
+                continue
+            state = (status.st_size, status.st_mtime_ns)  # a copy may have its source's time from the start
+            seen, since = self._seen.get(path, (None, 0.0))
+            if seen != state:
+                seen, since = state, time.monotonic()
+                self._seen[path] = (state, since)
+            if time.monotonic() - since >= settle:
                 found.append((status.st_mtime_ns, path))
         return [path for _, path in sorted(found)]
 
@@ -124,6 +132,7 @@ class Watch:
             file.flush()
             os.fsync(file.fileno())
         self._done.add(line["image"])
+        self._seen.pop(self.folder / line["image"], None)
         self._write_csv([line], "a")
 
     def _write_csv(self, lines: list[dict[str, Any]], mode: str) -> None:
