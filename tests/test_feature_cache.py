@@ -24,7 +24,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anomalib_csflow import CSFlow, FeatureCache
-from anomalib_csflow.engine.feature_cache import changing_transforms
 from anomalib_csflow.engine.providers import ComputedFeatures, View
 from anomalib_csflow.features.store import FeatureStore, default_directory, image_key
 
@@ -354,15 +353,6 @@ def test_random_augmentations_switch_it_off_and_say_so(
     assert watch.images == 12 * 4 + 8 * 3
     assert not files(tmp_path / "cache")
     assert "RandomHorizontalFlip may change images" in caplog.text
-
-
-def test_fixed_transforms_are_told_from_random_ones() -> None:
-    fixed = v2.Compose([v2.Resize((8, 8)), v2.Compose([v2.CenterCrop(4), v2.Normalize([0.5], [0.5])])])
-    assert not list(changing_transforms([fixed, None]))
-    assert list(changing_transforms([fixed, v2.RandomCrop(4), v2.Compose([v2.GaussianBlur(3)])])) == [
-        "RandomCrop",
-        "GaussianBlur",
-    ]
 
 
 def test_each_fixed_transform_has_features_of_its_own(image_folder: Path, tmp_path: Path) -> None:

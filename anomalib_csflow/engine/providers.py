@@ -133,7 +133,7 @@ class CachedSet(Dataset[ImageItem]):
 
     def look(self) -> None:
         """See whether all features are there; only of plain images can the decoding be left out."""
-        is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__
+        is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__  # LOCO's has masks of its own
         self.is_known = is_plain and all(
             (key := image_key(path, view)) and key in self.store for path in self.paths for view in self.views
         )
