@@ -373,6 +373,15 @@ def test_f1_thresholds_come_from_the_other_half() -> None:
     assert found["image_F1"] == pytest.approx(2 / 4)  # all 5 defects of a half by 5 false alarms, none of the other's
 
 
+def test_f1_has_no_value_where_a_half_has_no_defect() -> None:
+    labels = torch.tensor([0] * 10 + [1]).bool()
+    found = accuracy.evaluate(
+        accuracy.Predictions([Path(f"{i:02d}.png") for i in range(11)], labels.float(), labels, None, None)
+    )
+    assert found["image_AUROC"] == 1
+    assert np.isnan(found["image_F1"])  # and not 0.18, of a threshold that no defect chose
+
+
 def test_scores_keep_their_order() -> None:
     scores = torch.tensor([-3.0, -0.5, 0.4, 40.0, 41.0, 1e5, 1e5 + 1])
     squashed = accuracy.comparable(scores)

@@ -90,7 +90,7 @@ class Predictions:
 
 
 def evaluate(predictions: Predictions) -> dict[str, float]:
-    """All metrics, shares of 1; NaN for pixels where there are no maps or no masks."""
+    """All metrics, shares of 1; NaN for pixels where there are no maps or no masks, and F1 of a single defect."""
     predictions = predictions.comparable()
     batch = predictions.batch()
     values = dict.fromkeys((*IMAGE_METRICS, *PIXEL_METRICS), float("nan"))
@@ -131,7 +131,9 @@ def _pixels(half: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
-    """F1 of all, each half judged by the threshold that is best on the other."""
+    """F1 of all, each half judged by the threshold that is best on the other; NaN where a half has nothing defective."""
+    if not all(bool(truth.any()) for _, truth in halves):
+        return float("nan")  # no threshold can be chosen on it
     labels = []
     for (scores, _), (other_scores, other_truth) in zip(halves, halves[::-1], strict=True):
         precision, recall, thresholds = binary_precision_recall_curve(other_scores, other_truth.int())
