@@ -131,7 +131,7 @@ def _pixels(half: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
-    """F1 of all, each half judged by the threshold that is best on the other; NaN where a half has nothing defective."""
+    """F1 of all, each half judged by the threshold that is best on the other; NaN if one has no defect."""
     if not all(bool(truth.any()) for _, truth in halves):
         return float("nan")  # no threshold can be chosen on it
     labels = []
