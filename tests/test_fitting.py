@@ -154,11 +154,15 @@ def test_layers_and_image_sizes_in_one_pyramid(size: tuple[int, int]) -> None:
     assert detector.model(images).anomaly_map.shape == (2, 1, *size)
 
 
-def test_few_good_images_get_thresholds_out_of_fold(image_folder: Path, tmp_path: Path) -> None:
+def test_few_good_images_get_thresholds_out_of_fold(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     processor = ConformalPostProcessor(false_alarm_rate=0.1)
     detector = CSFlow(**OVER_LAYERS, max_steps=4, post_processor=processor)
     engine, _ = fit(detector, folder(image_folder), tmp_path)
     assert processor.made.kind == "estimated"
+    assert "computed in every epoch" not in caplog.text  # the refits read the cache
     assert processor.made.num_images == processor.num_good == 12  # 9 out of fold, 3 of the validation
     loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
     assert str(loaded.post_processor.made) == str(processor.made)

@@ -30,7 +30,7 @@ LOADING = (
     *("train_dataloader", "val_dataloader"),
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
 )
-HOSTS = ("anomalib.", "lightning.", "pytorch_lightning.")
+HOSTS = ("anomalib.", "anomalib_csflow.", "lightning.", "pytorch_lightning.")
 
 
 class UnkeyedError(Exception):

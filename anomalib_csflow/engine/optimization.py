@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .model import FlowModel
+from .resuming import Progress
 
 Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
 """What the learning rate does over a training:
@@ -172,6 +173,7 @@ class FlowOptimization(LightningModule):
 
     model: FlowModel
     training_options: TrainingOptions
+    done: Progress | None = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the flow's parameters, with the detector's schedule."""
@@ -179,14 +181,23 @@ class FlowOptimization(LightningModule):
         return adam(
             self.model.flow.parameters(),
             self.training_options,
-            lambda: self.trainer.estimated_stepping_batches,
+            lambda: self.done.all_steps(self.trainer) if self.done else self.trainer.estimated_stepping_batches,
             fused=not is_mixed,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume a schedule where it stood, over as many steps as are planned now."""
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self.done = Progress.of(checkpoint)
         forget_length(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Go on with the rate of the schedule as it is laid out now, and not of the one that the checkpoint knew."""
+        super().on_train_start()
+        for config in self.trainer.lr_scheduler_configs if self.done else ():
+            config.scheduler.last_epoch -= 1
+            config.scheduler.step()
 
     def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
         """Log a batch's loss, and stop if it is not finite."""
