@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from anomalib.data import AnomalibDataset, Folder
+from anomalib.data import Folder
+from anomalib.data.datasets.base import image
 from anomalib.engine import Engine
 from conftest import FAST_FLOW
 from lightning.pytorch import Callback
@@ -105,8 +106,8 @@ def test_features_that_are_not_standardized_are_computed_once_too(
     detector = FastFlow(**FAST_FLOW, standardize=False, image_size=64, max_steps=9, post_processor=False)
     decoded = []
     engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[FeatureCache(tmp_path / "cache")])
-    item = AnomalibDataset.__getitem__
-    monkeypatch.setattr(AnomalibDataset, "__getitem__", lambda self, index: decoded.append(index) or item(self, index))
+    read = image.read_image
+    monkeypatch.setattr(image, "read_image", lambda path, **options: decoded.append(path) or read(path, **options))
     engine.fit(detector, datamodule=folder(image_folder))
     assert len(decoded) <= 12
 
