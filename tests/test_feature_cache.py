@@ -75,13 +75,11 @@ def test_a_damaged_file_is_not_read_and_is_replaced(tmp_path: Path, damage: str)
 def test_a_full_disk_warns_once_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureStore(tmp_path, {})
     store.put(key("first"), PYRAMID)
-    write = Path.write_bytes
 
-    def fill_up(path: Path, data: bytes) -> int:
-        write(path, data[:100])
+    def fill_up(partial: Path, path: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    monkeypatch.setattr(Path, "replace", fill_up)
     with pytest.warns(UserWarning, match=r"stops storing: .*No space left.*max_gb"):
         store.put(key("second"), PYRAMID)
     with warnings.catch_warnings():

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from anomalib_csflow.features import FeaturePyramid, weights
 from anomalib_csflow.features.store import FeatureStore, default_directory
+from anomalib_csflow.features.trust import UntrustedError
 from anomalib_csflow.flows.pyramid import Pyramid
 
 from .cache_key import UnkeyedError, check_datamodule, data_key, pre_processor_key
@@ -113,8 +114,13 @@ class FeatureCache(Callback):
         for name in names:
             dataset = getattr(datamodule, name)
             context = common | {"data": read[name]}
-            store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
+            try:
+                store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
+            except UntrustedError as reason:
+                rank_zero_warn(f"Features are computed in every epoch: {reason}.")
+                return
             sets[name] = CachedSet(dataset, store, [view.name for view in views])
+        for name in names:
             setattr(datamodule, name, sets[name])  # where anomalib's datamodules look whenever they make a loader
         self.opened = CachedFeatures(compute, pre_processor and pre_processor.transform, sets)
 
