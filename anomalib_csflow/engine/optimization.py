@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from .arguments import check_arguments
 from .model import FlowModel
 from .resuming import Progress
 
@@ -57,11 +58,9 @@ class TrainingOptions:
     noise: Noise = 0.0
 
     def __post_init__(self) -> None:
+        check_arguments(vars(self))
         if self.schedule not in SCHEDULES:
             msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
-            raise ValueError(msg)
-        if self.max_steps is not None and self.max_steps < 1:
-            msg = f"max_steps must be 1 or more, got {self.max_steps}"
             raise ValueError(msg)
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
