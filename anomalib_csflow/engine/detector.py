@@ -208,6 +208,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
 
     def setup(self, stage: str) -> None:
         """Open the feature cache for a fit, and check the images of a stage before any long work."""
+        self.check_read_checkpoints()
         datamodule = getattr(self.trainer, "datamodule", None)
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         self._compile(sum(len(getattr(datamodule, name, None) or ()) for name in names))

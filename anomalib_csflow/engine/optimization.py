@@ -157,7 +157,7 @@ def adam(
 def forget_length(checkpoint: dict[str, Any]) -> None:
     """Leave of a saved one-cycle schedule where it stood, and not how long it was to be."""
     kept = ("last_epoch", "_step_count", "_last_lr")
-    for state in checkpoint.get("lr_schedulers", []):
+    for state in checkpoint.get("lr_schedulers") or ():
         if "total_steps" in state:
             for key in set(state) - set(kept):
                 del state[key]

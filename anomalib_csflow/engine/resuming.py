@@ -26,7 +26,7 @@ class Progress:
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Progress | None":
         """Of a checkpoint; None if it holds no training, but weights alone."""
-        loop = checkpoint.get("loops", {}).get("fit_loop")
+        loop = (checkpoint.get("loops") or {}).get("fit_loop")
         if not loop:
             return None
         epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
