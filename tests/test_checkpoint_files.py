@@ -10,6 +10,7 @@ from anomalib.engine import Engine
 from conftest import SMALL
 
 from anomalib_csflow import CSFlow
+from anomalib_csflow.engine.checkpoint_files import sum_of
 from anomalib_csflow.engine.checkpoints import CHECKPOINT_KEY, CheckpointError
 
 TYPES = ("pytorch-lightning_version", "state_dict", "hyper_parameters", "loops", "callbacks", "optimizer_states")
@@ -102,13 +103,15 @@ def test_tensors_that_do_not_fit_are_named(good: dict[str, Any], path: Path) -> 
     }
     for message, changed in cases.items():
         refused({**good, "state_dict": changed}, path, message)
+    refused({**good, "state_dict": {**state, last: state[last] + 1}}, path, "whose tensors are not those")
     cases = {
         f"Missing key.*{last}": {key: value for key, value in state.items() if key != last},
         "Unexpected key.*more": {**state, "more": torch.ones(1)},
         f"size mismatch for {last}": {**state, last: torch.ones(7, 7)},
     }
     for message, changed in cases.items():
-        torch.save({**good, "state_dict": changed}, path)
+        own = {**good[CHECKPOINT_KEY], "tensors": sum_of(changed)}
+        torch.save({**good, "state_dict": changed, CHECKPOINT_KEY: own}, path)
         with pytest.raises(
             CheckpointError, match=rf"the tensors do not fit this CSFlow \({message}.*\): build it alike"
         ):

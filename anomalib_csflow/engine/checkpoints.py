@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from anomalib_csflow.features import weights
 
-from .checkpoint_files import CHECKPOINT_KEY, CheckedCheckpoints, CheckpointError, check_form, read
+from .checkpoint_files import CHECKPOINT_KEY, CheckedCheckpoints, CheckpointError, check_form, read, sum_of
 from .images import ImageOptions
 from .model import FlowModel
 
@@ -61,6 +61,7 @@ class LeanCheckpoints(LightningModule):
             "detector": type(self).__name__,
             "backbone": weights.fingerprint(self.model.features.backbone),
             "arguments": self.output_values,
+            "tensors": sum_of(state),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
