@@ -196,7 +196,7 @@ class FlowOptimization(LightningModule):
         super().on_train_start()
         for config in self.trainer.lr_scheduler_configs if self.done else ():
             config.scheduler.last_epoch -= 1
-            config.scheduler.step()
+            config.scheduler.step()  # type: ignore[call-arg] # none of ours waits for a metric
 
     def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
         """Log a batch's loss, and stop if it is not finite."""
