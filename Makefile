@@ -3,6 +3,7 @@
 # make docs       builds the documentation in docs/_build/html
 # make format     formats the code and fixes what the linter can fix
 # make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
+# make long       runs the long form of the tests in tests/test_reliability.py: minutes to an hour
 # make floors     runs the tests with the oldest dependencies that pyproject.toml allows
 # Each creates the environment in .venv first. PIP_ARGS is passed to pip, for example an index of CPU builds (see README).
 
@@ -13,7 +14,7 @@ BIN = $(VENV)/bin
 
 DOCS = $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --nitpicky --fresh-env --write-all docs docs/_build/html
 
-.PHONY: demo check docs format benchmark floors
+.PHONY: demo check docs format benchmark floors long
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -37,6 +38,9 @@ format: $(VENV)/.installed-dev
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m anomalib_csflow.benchmark --config configs/benchmark.yaml $(if $(DATA),--data $(DATA))
+
+long: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 0 -m long tests
 
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors

@@ -88,7 +88,8 @@ def calibrate(arguments: Sequence[str]) -> None:
     silence_warnings()
     import anomalib_csflow
     from anomalib_csflow.engine import recalibration
-    from anomalib_csflow.engine.checkpoints import CheckpointError, model_of
+    from anomalib_csflow.engine.checkpoint_files import CheckpointError
+    from anomalib_csflow.engine.checkpoints import model_of
 
     silence_logs()
     try:
@@ -133,7 +134,8 @@ def from_checkpoint(arguments: list[str]) -> Iterator[list[str]]:
     position = names.index("--ckpt_path")
     path = options[position][2] or next(iter(arguments[position + 1 :]), "")
     silence_warnings()
-    from anomalib_csflow.engine.checkpoints import CheckpointError, model_of
+    from anomalib_csflow.engine.checkpoint_files import CheckpointError
+    from anomalib_csflow.engine.checkpoints import model_of
 
     try:
         model = model_of(path)

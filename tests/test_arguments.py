@@ -32,6 +32,52 @@ SIX: dict[type[FlowDetector], tuple[dict[str, Any], dict[str, Any]]] = {
 """Of each detector: small arguments, and those of another that gives other scores or maps."""
 
 
+WRONG: dict[str, list[Any]] = {
+    "hidden_channels": [0, -1, 1.5, "16", None, True],
+    "num_blocks": [0, -3, [], [0], None, "4", float("nan")],
+    "kernel_sizes": [[0], [-1], [], [101], [3.0], "3", 3, [True]],
+    "clamp": [0, -1, float("nan"), float("inf"), None, "1"],
+    "hidden_ratio": [0, -0.5, float("nan")],
+    "lr": [-1e-3, float("nan"), float("inf"), None],
+    "eps": [-1.0, float("nan")],
+    "weight_decay": [-1.0, float("nan")],
+    "gradient_clip_norm": [0, -1.0, float("nan")],
+    "betas": [0.9, [0.9], [0.9, 1], [-0.1, 0.9], [float("nan"), 0.9]],
+    "image_size": [0, -64, [64, 0], [64, 64, 64], [], 64.5, "64", None],
+    "layers": ["blocks.2", [2], None],
+    "layer": [3, None],
+    "backbone": [None, 7],
+    "weights": [None, 7],
+    "top_share": [float("nan"), None, "0.1", -0.1, 1.1],
+    "noise": [float("nan"), -1, "much", None],
+    "schedule": ["cosine", None],
+    "map_mode": ["max", None],
+    "image_score": ["max", None],
+    "score_by": ["max", None],
+}
+"""Values that are refused, by an argument's name."""
+COUNTED = (
+    "num_scales",
+    "num_steps",
+    "condition_channels",
+    "num_train_rotations",
+    "num_test_rotations",
+    "fibers_per_step",
+)
+FLAGS = (
+    "antialias",
+    "standardize",
+    "whiten",
+    "bfloat16",
+    "recompute",
+    "permute_soft",
+    "fixed_train_rotations",
+    "localize",
+)
+WRONG |= {name: [0, -1, 1.5, None] for name in COUNTED} | {name: ["no", 1, None] for name in FLAGS}
+WRONG |= {name: [0, -1, 1.5, "2"] for name in ("max_epochs", "max_steps")} | {"num_hidden": [-1, 0.5]}
+
+
 def parameters(cls: type[FlowDetector]) -> dict[str, inspect.Parameter]:
     """Arguments of a detector's constructor."""
     return {name: one for name, one in inspect.signature(cls.__init__).parameters.items() if name != "self"}
@@ -65,6 +111,21 @@ def test_shared_arguments_have_one_type_and_one_text() -> None:
         types = {str(parameters(cls)[name].annotation) for cls in having if (cls, name) not in OF_ITS_OWN_TYPE}
         assert len(types) == 1, (name, types)
         assert len({texts(cls)[name] for cls in having}) == 1, name
+
+
+@pytest.mark.parametrize("cls", DETECTORS)
+def test_every_argument_is_checked_before_any_work(cls: type[FlowDetector], monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object) -> None:
+        pytest.fail("a backbone was made")
+
+    monkeypatch.setattr("anomalib_csflow.engine.detector.create_backbone", work)
+    assert set(parameters(cls)) - set(WRONG) == COMPONENTS
+    for name in set(parameters(cls)) & set(WRONG):
+        for value in WRONG[name]:
+            with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
+                cls(**{**SIX[cls][0], "image_size": 64, name: value})
+            assert "\n" not in str(error.value), (name, value)
+            assert len(str(error.value)) < 200
 
 
 @pytest.fixture(scope="module", params=SIX, ids=lambda cls: cls.__name__)

@@ -1,6 +1,7 @@
 """The benchmark and the demo, on a small scale."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,16 +289,35 @@ def test_data_that_cannot_be_had_fails_alone(mvtec_layout: Path, tmp_path: Path,
         command_line.count_images(runs[:3])
 
 
-@pytest.mark.parametrize("name", ["../../x", "..", "a" * 250, "a\\b"])
+@pytest.mark.parametrize("fault", ["missing", "too many"])
+def test_masks_that_do_not_match_are_a_row(fault: str, mvtec_layout: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bad masks"
+    shutil.copytree(mvtec_layout / "textures", root)
+    masks = sorted((root / "ground_truth").rglob("*.png"))
+    if fault == "missing":
+        masks[0].unlink()
+    else:
+        shutil.copy(masks[0], masks[0].with_name("zzz.png"))
+    sets = [*config.read_data(str(root)), *config.read_data(str(mvtec_layout))]
+    runs = plan.runs([config.read_detector(REAL_NVP, Path())], sets, [0], {}, "cpu")
+    images, broken = command_line.count_images(runs)
+    assert (set(images), set(broken)) == ({sets[1].name}, {"bad masks"})
+    assert "Error: " in broken["bad masks"]
+    execute.measure_all(runs[:1], tmp_path / "out", {runs[0].slug: 1.0}, broken, Console(quiet=True))
+    (row,) = command_line.read(runs[:1], tmp_path / "out")
+    assert (row.status, row.reason) == ("failed", broken["bad masks"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a" * 250, "a\\b", "漢" * 80])
 def test_names_that_name_no_folder_are_refused(name: str, mvtec_layout: Path) -> None:
     detector, (data,) = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
     with pytest.raises(ValueError, match=r"in data sets cannot be a folder name: use up to 80 letters and no slash"):
         plan.runs([detector], [replace(data, name=name)], [0], {}, "cpu")
     with pytest.raises(ValueError, match="in detectors cannot be a folder name"):
         plan.runs([replace(detector, name=name)], [data], [0], {}, "cpu")
-    longest = replace(data, name="a" * 80)
+    longest = replace(data, name="漢" * 26)
     (run,) = plan.runs([replace(detector, name="b" * 80)], [longest], [0], {}, "cpu")
-    assert len(run.slug) < 255
+    assert len(run.slug.encode()) < 255
 
 
 def test_two_benchmarks_in_one_folder_are_refused(
@@ -375,6 +395,15 @@ def test_f1_thresholds_come_from_the_other_half() -> None:
     scores[order[1::2]] += 10
     found = accuracy.evaluate(accuracy.Predictions(paths, scores, labels, None, None))
     assert found["image_F1"] == pytest.approx(2 / 4)  # all 5 defects of a half by 5 false alarms, none of the other's
+
+
+def test_f1_has_no_value_where_a_half_has_no_defect() -> None:
+    labels = torch.tensor([0] * 10 + [1]).bool()
+    found = accuracy.evaluate(
+        accuracy.Predictions([Path(f"{i:02d}.png") for i in range(11)], labels.float(), labels, None, None)
+    )
+    assert found["image_AUROC"] == 1
+    assert np.isnan(found["image_F1"])  # and not 0.18, of a threshold that no defect chose
 
 
 def test_scores_keep_their_order() -> None:

@@ -232,7 +232,7 @@ def test_far_cells_are_still_ordered() -> None:
         ({"image_size": 15}, "15x15 pixels is too small for layer 'blocks.4' at stride 16: the least size is 16x16"),
         ({"condition_channels": 10}, "a positive multiple of 4"),
         ({"fibers_per_step": 0}, "fibers_per_step must be 1 or more"),
-        ({"num_blocks": 0}, "at least two channels and one block"),
+        ({"num_blocks": 0}, "num_blocks must be 1 or more"),
         ({"schedule": "cosine"}, "unknown schedule"),
         ({"score_by": "latents"}, "unknown score_by 'latents': choose one of density, energy"),
         ({"top_share": 2}, "top_share is a share of the map's positions"),

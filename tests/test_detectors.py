@@ -213,14 +213,14 @@ def test_grey_and_16_bit_images(mode: str, gain: int, image_folder: Path, tmp_pa
         ({"layer": "block.4"}, r"no layer 'block\.4'; near names are .*blocks\.4"),
         ({"image_size": 63}, "63x63 pixels is too small for 3 scales .* the least size is 64x64"),
         ({"map_mode": "max"}, "unknown map_mode 'max': choose one of"),
-        ({"image_size": 0}, r"image_size must be positive, got \[0, 0\]"),
+        ({"image_size": 0}, "image_size must be positive, a whole number or two, got 0"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine': choose one of constant, one_cycle"),
         (
             {"backbone": "inception_v4", "layer": "features.10", "weights": "random"},
             "which do not halve: choose a backbone",
         ),
         ({"num_blocks": 0}, "num_blocks must be 1 or more"),
-        ({"num_blocks": 2, "kernel_sizes": [3]}, "one of kernel_sizes each"),
+        ({"num_blocks": 2, "kernel_sizes": [3]}, "give one of kernel_sizes for each of num_blocks"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -106,8 +106,8 @@ def test_map_fuses_levels_and_does_not_saturate() -> None:
     ("changes", "message"),
     [
         ({"num_steps": 0}, "num_steps must be 1 or more"),
-        ({"kernel_sizes": []}, "kernel_sizes one or more positive numbers"),
-        ({"hidden_ratio": 0}, "hidden_ratio positive"),
+        ({"kernel_sizes": []}, "kernel_sizes must be one or more whole numbers"),
+        ({"hidden_ratio": 0}, "hidden_ratio must be a number above 0, got 0"),
         ({"layers": []}, "name one or more layers"),
         ({"image_size": 8}, "8x8 pixels is too small for layer 'blocks.4' at stride 16"),
         ({"backbone": "cait_xxs24_224", "layers": ["blocks.2"], "weights": "random"}, "set image_size=224"),

@@ -88,7 +88,7 @@ def test_score_orders_as_the_published_formula() -> None:
         ({"layers": ["blocks.1", "blocks.4"]}, r"have strides \[4, 16\], but MSFlow fuses maps that halve"),
         ({"backbone": "vit_tiny_patch16_224", "layers": ["blocks.1", "blocks.2"], "weights": "random"}, "that halve"),
         ({"num_blocks": [1]}, "num_blocks needs one number per layer"),
-        ({"num_blocks": [1, 0]}, "at least two channels and one block"),
+        ({"num_blocks": [1, 0]}, r"num_blocks must be 1 or more for each layer, got \[1, 0\]"),
         ({"condition_channels": 6}, "a positive multiple of 4"),
         ({"image_size": 31}, "31x31 pixels is too small for layer 'blocks.4', halved to stride 32"),
         ({"schedule": "cosine"}, "unknown schedule"),

@@ -25,6 +25,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
@@ -158,14 +159,9 @@ class FastFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_arguments(locals())
         if kernel_sizes is None:
             kernel_sizes = [3, 1]
-        if num_steps < 1 or not kernel_sizes or min(kernel_sizes) < 1 or hidden_ratio <= 0:
-            msg = (
-                "num_steps must be 1 or more, kernel_sizes one or more positive numbers and hidden_ratio positive: "
-                f"got {num_steps}, {list(kernel_sizes)} and {hidden_ratio}"
-            )
-            raise ValueError(msg)
         scoring.check_top_share(top_share)
 
         def build(network: nn.Module) -> FastFlowModel:

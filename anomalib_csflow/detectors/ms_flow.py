@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
@@ -191,6 +192,7 @@ class MSFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_arguments(locals(), of_each_layer=("num_blocks",))
         if len(num_blocks) != len(layers):
             msg = f"num_blocks needs one number per layer: got {list(num_blocks)} for {list(layers)}"
             raise ValueError(msg)

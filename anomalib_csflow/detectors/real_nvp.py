@@ -23,6 +23,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
@@ -133,6 +134,7 @@ class RealNVP(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_arguments(locals())
         if num_blocks < 2:
             msg = f"num_blocks must be 2 or more, since each coupling transforms one half: got {num_blocks}"
             raise ValueError(msg)

@@ -1,6 +1,6 @@
 """Checkpoints without the frozen backbone, which name their detector, so that a wrong one is refused early."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,37 +12,28 @@ from typing_extensions import Self
 
 from anomalib_csflow.features import weights
 
+from .checkpoint_files import CHECKPOINT_KEY, CheckedCheckpoints, CheckpointError, check_form, read, sum_of
 from .images import ImageOptions
 from .model import FlowModel
 from .roles import Roles
 
-CHECKPOINT_KEY = "anomalib_csflow"
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint does not belong to the detector that should load it."""
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, detector: str | None = None) -> dict[str, Any]:
     """What a checkpoint file holds; nothing in it is executed, and tensors are read when they are used.
+
+    Args:
+        path: of the file.
+        detector: name of the detector that should load it; any of this package's if None.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is not a checkpoint.
+        CheckpointError: if it is damaged, or not a checkpoint of this detector.
     """
-    path = Path(path)
-    if not path.is_file():
-        msg = f"there is no checkpoint at {path}"
-        raise FileNotFoundError(msg)
-    try:
-        with anomalib_safe_globals(extra=AnomalibModule.checkpoint_safe_globals()):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the reader raises many kinds
-        msg = f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}): give the .ckpt file of a training"
-        raise CheckpointError(msg) from error
-    return checkpoint
+    with anomalib_safe_globals(extra=AnomalibModule.checkpoint_safe_globals()):
+        return read(Path(path), lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True), detector)
 
 
 def model_of(path: str | Path) -> dict[str, Any]:
@@ -53,10 +44,7 @@ def model_of(path: str | Path) -> dict[str, Any]:
         CheckpointError: if it is not a checkpoint of this package.
     """
     checkpoint = read_checkpoint(path)
-    written = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(written, dict) or "detector" not in written:
-        msg = f"{path} is not a checkpoint of this package: name its --model"
-        raise CheckpointError(msg)
+    written = checkpoint[CHECKPOINT_KEY]
     arguments = {name: _plain(value) for name, value in checkpoint["hyper_parameters"].items()}
     return {"class_path": f"anomalib_csflow.{written['detector']}", "init_args": arguments}
 
@@ -106,11 +94,12 @@ class LeanCheckpoints(LightningModule):
             "backbone": weights.fingerprint(self.model.features.backbone),
             "arguments": self.output_values,
             "images": self.roles,
+            "tensors": sum_of(state),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this detector, and put back what was left out."""
-        self._check_checkpoint(checkpoint)
+        check_form(checkpoint, type(self).__name__, "the file")
         self._check_arguments(checkpoint[CHECKPOINT_KEY])
         self.roles = checkpoint[CHECKPOINT_KEY].get("images", {})
         state = checkpoint["state_dict"]
@@ -127,12 +116,34 @@ class LeanCheckpoints(LightningModule):
         left_out = (EVALUATOR,) if self.keep_backbone else (EVALUATOR, BACKBONE)
         state.update({key: value for key, value in self.state_dict().items() if key.startswith(left_out)})
 
+    def check_read_checkpoints(self) -> None:
+        """Have the trainer check what it reads: Lightning looks into a checkpoint before it asks the detector."""
+        strategy = self.trainer.strategy
+        inner = strategy.checkpoint_io
+        inner = inner.inner if isinstance(inner, CheckedCheckpoints) else inner  # of an earlier stage
+        strategy.checkpoint_io = CheckedCheckpoints(inner, type(self).__name__)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load; see ``torch.nn.Module``.
+
+        Raises:
+            CheckpointError: if the tensors do not fit, in a sentence.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            first = " ".join(str(error).splitlines()[1:2]).strip() or str(error)
+            msg = f"the tensors do not fit this {type(self).__name__} ({first[:200].rstrip('. ')}): build it alike"
+            raise CheckpointError(msg) from error
+
     def _check_arguments(self, written: dict[str, Any]) -> None:
         """Raise CheckpointError if the checkpoint's detector would give other scores or maps."""
         # not the checkpoint's hyperparameters: Lightning has already replaced them with the caller's arguments
         theirs = written.get("arguments") or {
             name: _plain(value)
-            for name, value in written["structure"].items()  # in older checkpoints, where None stood for a default
+            for name, value in written.get(
+                "structure", {}
+            ).items()  # in older checkpoints, where None stood for a default
             if value is not None
         }
         for name, ours in self.output_values.items():
@@ -152,17 +163,8 @@ class LeanCheckpoints(LightningModule):
             CheckpointError: if it is not a checkpoint of this detector, before anything is built.
         """
         path = Path(checkpoint_path)
-        cls._check_checkpoint(read_checkpoint(path), path)
+        read_checkpoint(path, cls.__name__)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    @classmethod
-    def _check_checkpoint(cls, checkpoint: dict[str, Any], path: Path | None = None) -> None:
-        """Raise CheckpointError unless this detector wrote the checkpoint."""
-        writer = checkpoint.get(CHECKPOINT_KEY, {}).get("detector")
-        if writer != cls.__name__:
-            what = f"a checkpoint of {writer}" if writer else "not a checkpoint of this package"
-            msg = f"{path or 'the file'} is {what}: {cls.__name__} cannot load it"
-            raise CheckpointError(msg)
 
 
 def _plain(value: object) -> object:

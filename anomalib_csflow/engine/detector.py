@@ -26,7 +26,7 @@ from .compiled import compiled
 from .exports import FlowExports
 from .feature_cache import FeatureCache
 from .fitting import FlowFitting
-from .images import ImageOptions, check_images, check_number, image_files
+from .images import ImageOptions, check_images, check_number, check_variety, image_files, mask_files
 from .model import FlowModel
 from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
@@ -220,6 +220,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
 
     def setup(self, stage: str) -> None:
         """Open the feature cache for a fit, and check a stage's images before any long work starts."""
+        self.check_read_checkpoints()
         datamodule = getattr(self.trainer, "datamodule", None)
         names = {"fit": ("train_data", "val_data"), "validate": ("val_data",), "test": ("test_data",)}.get(stage, ())
         self._compile(sum(len(getattr(datamodule, name, None) or ()) for name in names))
@@ -231,8 +232,11 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
             self.repeat_training_set()
         if self.trainer.is_global_zero:
             provider = self.provider
-            files = [file for name in names for file in image_files(getattr(datamodule, name, None))]
-            check_images([file for file in files if not provider.holds(file)])
+            sets = [getattr(datamodule, name, None) for name in names]
+            files = [file for data in sets for file in image_files(data) if not provider.holds(file)]
+            check_images(files, [file for data in sets for file in mask_files(data)])
+            if stage == "fit":
+                check_variety([*image_files(getattr(datamodule, "train_data", None))])
 
     def on_predict_start(self) -> None:
         """Check the images to predict."""

@@ -1,39 +1,29 @@
 """The feature cache in anomalib's engine: when it is safe, and which features belong to which image."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchvision.transforms import v2
 
 from anomalib_csflow.features import FeaturePyramid, weights
 from anomalib_csflow.features.store import FeatureStore, default_directory
+from anomalib_csflow.features.trust import UntrustedError
 from anomalib_csflow.flows.pyramid import Pyramid
 
+from .cache_key import UnkeyedError, check_datamodule, data_key, pre_processor_key
 from .compiled import computed_by
 from .model import FlowModel
 from .providers import CachedFeatures, CachedSet, View
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-FIXED_TRANSFORMS = (
-    v2.CenterCrop,
-    v2.Grayscale,
-    v2.Identity,
-    v2.Normalize,
-    v2.Pad,
-    v2.RGB,
-    v2.Resize,
-    v2.ToDtype,
-    v2.ToImage,
-    v2.ToPureTensor,
-)
-"""Deterministic transforms whose repr describes them completely."""
+KEYED_VERSIONS = ("anomalib-csflow", "anomalib", "timm", "torchvision", "pillow")
+"""Packages that read, transform or compute; their versions are part of the key."""
 
 
 class FeatureCache(Callback):
@@ -46,8 +36,9 @@ class FeatureCache(Callback):
             - class_path: anomalib_csflow.FeatureCache
               init_args: {max_gb: 0}
 
-    It is used while fitting with one of anomalib's datamodules, if images are not changed at random; otherwise it logs
-    the reason. If all features of a batch are stored, its images are not decoded: they are a single NaN pixel.
+    It is used while fitting with one of anomalib's datamodules, if images are not changed at random, and are read and
+    pre-processed by classes that it knows; otherwise it logs the reason. If all features of a batch are stored, its
+    images are not decoded: they are a single NaN pixel.
 
     Args:
         directory: where features are stored; by default ``$ANOMALIB_CSFLOW_CACHE``, or the user's cache folder.
@@ -102,29 +93,36 @@ class FeatureCache(Callback):
             rank_zero_info(f"Features are computed in every epoch: {name} changes images at random.")
             return
         names = [name for name in ("train_data", "val_data") if getattr(datamodule, name, None) is not None]
-        transform = getattr(getattr(trainer.lightning_module, "pre_processor", None), "transform", None)
-        for name in names:
-            changing = next(changing_transforms([getattr(datamodule, name).augmentations, transform]), None)
-            if changing is not None:
-                rank_zero_info(f"Features are computed in every epoch: {changing} may change images at random.")
-                return
+        pre_processor = getattr(trainer.lightning_module, "pre_processor", None)
+        try:
+            check_datamodule(datamodule)
+            pre_processed = pre_processor_key(pre_processor)
+            read = {name: data_key(getattr(datamodule, name)) for name in names}
+        except UnkeyedError as reason:
+            rank_zero_info(f"Features are computed in every epoch: {reason}.")
+            return
         common = {  # everything that features depend on, apart from the image and the augmentations
             "backbone": backbone,
-            "features": f"{type(features).__name__}({features.extra_repr()})",
+            "features": f"{type(features).__module__}.{type(features).__qualname__}({features.extra_repr()})",
             "weights": weights.fingerprint(features),
             "precision": str(trainer.precision),
             "computed by": computed_by(compute),
-            "versions": " ".join(f"{name} {version(name)}" for name in ("anomalib-csflow", "timm", "torchvision")),
-            "transform": repr(transform),
+            "versions": " ".join(f"{name} {version(name)}" for name in KEYED_VERSIONS),
+            "transform": pre_processed,
         }
         sets = {}
         for name in names:
             dataset = getattr(datamodule, name)
-            context = common | {"augmentations": repr(dataset.augmentations)}
-            store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
+            context = common | {"data": read[name]}
+            try:
+                store = FeatureStore(self.directory, context, self.dtype, int(self.max_gb * 1e9))
+            except UntrustedError as reason:
+                rank_zero_warn(f"Features are computed in every epoch: {reason}.")
+                return
             sets[name] = CachedSet(dataset, store, [view.name for view in views])
+        for name in names:
             setattr(datamodule, name, sets[name])  # anomalib's datamodules read it whenever they make a loader
-        self.opened = CachedFeatures(compute, transform, sets)
+        self.opened = CachedFeatures(compute, pre_processor and pre_processor.transform, sets)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Skip decoding if all features are stored from an earlier fit."""
@@ -147,12 +145,3 @@ class FeatureCache(Callback):
         """Restore the data sets here too, since Lightning does not call teardown then."""
         del exception
         self.teardown(trainer, pl_module, "fit")
-
-
-def changing_transforms(transforms: Sequence[Any]) -> Iterator[str]:
-    """Names of the transforms, nested ones included, that are not known to be deterministic."""
-    for transform in transforms:
-        if isinstance(transform, v2.Compose):
-            yield from changing_transforms(transform.transforms)
-        elif transform is not None and type(transform) not in FIXED_TRANSFORMS:
-            yield type(transform).__name__

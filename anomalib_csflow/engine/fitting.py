@@ -24,6 +24,7 @@ from .model import FlowModel
 from .optimization import TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .providers import CachedSet, FeatureProvider, RepeatedSet
+from .resuming import Progress
 from .suspects import least_likely, scored
 
 LEAST_SHRINKAGE = 0.1
@@ -40,6 +41,7 @@ class FlowFitting(LightningModule):
     post_processor: PostProcessor | None
     compiled: CompiledFeatures | None = None
     _unseen: list[Seen]
+    done: Progress | None = None
     _noise = 0.0
     _measured_step = -1
     _saved_step = -1
@@ -60,10 +62,23 @@ class FlowFitting(LightningModule):
             repeated = RepeatedSet(datamodule.train_data, batches * datamodule.train_batch_size)
             datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume a fit by steps: those of ``max_steps`` that are left are one epoch more."""
+        super().on_load_checkpoint(checkpoint)
+        options, trainer = self.training_options, self._trainer
+        steps, done = options.max_steps, Progress.of(checkpoint)
+        if not steps or options.max_epochs or not done or not done.epochs or trainer is None:
+            return
+        data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+        left = steps - done.batches // trainer.accumulate_grad_batches  # of each process
+        if trainer.state.fn == "fit" and isinstance(data, RepeatedSet) and left > 0:
+            data.length = data.length // steps * left
+            trainer.fit_loop.max_epochs = done.epochs + 1
+
     def teardown(self, stage: str) -> None:
         """Restore the original data set."""
         del stage
-        self.compiled = None
+        self.compiled = self.done = None
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         data = getattr(datamodule, "train_data", None)
         if isinstance(data, RepeatedSet):
@@ -88,6 +103,7 @@ class FlowFitting(LightningModule):
     @torch.no_grad()
     def on_train_start(self) -> None:
         """Measure the statistics of the training features, unless they were loaded from a checkpoint."""
+        super().on_train_start()
         data = getattr(self.trainer.train_dataloader, "dataset", ())
         images = data.dataset if isinstance(data, RepeatedSet) else data
         self._noise = self.training_options.noise_for(len(images))

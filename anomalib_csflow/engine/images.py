@@ -6,10 +6,13 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from anomalib.data import Folder
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.pre_processing import PreProcessor
+from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -97,43 +100,86 @@ class UnreadableImageError(OSError):
 
 
 def image_files(dataset: Dataset[object] | None) -> Iterator[str]:
-    """Image and mask files of an anomalib data set; files that are not still images are left out."""
+    """Image files of an anomalib data set; files that are not still images are left out."""
+    return _files(dataset, "image_path")
+
+
+def mask_files(dataset: Dataset[object] | None) -> Iterator[str]:
+    """Mask files of an anomalib data set."""
+    return _files(dataset, "mask_path")
+
+
+def _files(dataset: Dataset[object] | None, column: str) -> Iterator[str]:
     suffixes = Image.registered_extensions()
     samples = getattr(dataset, "samples", None)  # a table in data sets; PredictDataset has a list instead
-    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples] if samples is not None else []
-    for files in (*columns, getattr(dataset, "image_filenames", ())):
-        yield from (str(file) for file in files if Path(str(file)).suffix.lower() in suffixes)
+    files = samples[column] if samples is not None and column in samples else ()
+    if column == "image_path":
+        files = [*files, *getattr(dataset, "image_filenames", ())]
+    return (str(file) for file in files if Path(str(file)).suffix.lower() in suffixes)
 
 
-def check_images(paths: Sequence[str | Path]) -> None:
+def check_images(paths: Sequence[str | Path], masks: Sequence[str | Path] = ()) -> None:
     """Decode every image once, so that a broken one is found before the training starts.
 
     JPEGs are decoded at 1/8 of their size, which still reads the whole file.
 
     Args:
         paths: of the images.
+        masks: of the masks, of which anomalib takes all that is not 0 as defective.
 
     Raises:
         UnreadableImageError: names the first file that cannot be read.
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter lock
-        checks = pool.map(_check_image, paths)
-        for _ in track(checks, "Checking images", len(paths), transient=True, disable=len(paths) < MANY):
+    checked = [(path, False) for path in paths] + [(path, True) for path in masks]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter
+        checks = pool.map(_check_image, *zip(*checked, strict=True)) if checked else ()
+        for _ in track(checks, "Checking images", len(checked), transient=True, disable=len(checked) < MANY):
             pass
 
 
-def _check_image(path: str | Path) -> None:
+def check_variety(paths: Sequence[str | Path]) -> None:
+    """Check that training images differ; two are decoded if they do.
+
+    Raises:
+        UnreadableImageError: if they all have the same pixels, or if there is but one, of one colour.
+    """
+    first = None
+    for path in paths:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        if first is not None and not np.array_equal(first, pixels):
+            return
+        first = pixels
+    if first is not None and (len(paths) > 1 or (first == first[0, 0]).all()):
+        what = f"all {len(paths)} training images have the same pixels" if len(paths) > 1 else "it has but one colour"
+        msg = f"the training image {paths[0]} has nothing to learn from: {what}; are they the right files?"
+        raise UnreadableImageError(msg)
+
+
+def _check_image(path: str | Path, is_mask: bool) -> None:
     try:
         with Image.open(path) as image:
             image.draft("L", (1, 1))
             image.load()
-            brightest = image.getextrema()[1] if image.mode in WIDE_MODES else 0
+            wrong = _misread(np.asarray(image), is_mask=is_mask) if image.mode in WIDE_MODES else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         msg = f"cannot read the image {path} ({error}): repair it or remove it from the folder"
         raise UnreadableImageError(msg) from error
-    if isinstance(brightest, (int, float)) and brightest > 255:
-        msg = (
-            f"the image {path} has values up to {brightest:g}, and anomalib reads all values above 255 as white: "
-            "scale it to 8 bits per channel"
-        )
+    if wrong:
+        msg = f"the {'mask' if is_mask else 'image'} {path} has {wrong}: scale it to 8 bits per channel"
         raise UnreadableImageError(msg)
+
+
+def _misread(values: NDArray[Any], *, is_mask: bool) -> str | None:
+    """What anomalib's reader would make of values that are not of 8 bits: it cuts them to whole numbers in [0, 255]."""
+    if not np.isfinite(values).all():
+        return "values that are not finite, which have no grey"
+    low, high = values.min(), values.max()
+    if low < 0:
+        return f"values down to {low:g}, and anomalib reads all below 0 as black"
+    if is_mask:
+        return "values between 0 and 1, which anomalib reads as 0" if ((values > 0) & (values < 1)).any() else None
+    if high > 255:
+        return f"values up to {high:g}, and anomalib reads all above 255 as white"
+    if values.dtype.kind == "f" and 0 < high <= 1:
+        return "values in [0, 1] only, which anomalib reads as black"
+    return None

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from .arguments import check_arguments
 from .model import FlowModel
+from .resuming import Progress
 
 Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
 """How the learning rate changes during training:
@@ -56,11 +58,9 @@ class TrainingOptions:
     noise: Noise = 0.0
 
     def __post_init__(self) -> None:
+        check_arguments(vars(self))
         if self.schedule not in SCHEDULES:
             msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
-            raise ValueError(msg)
-        if self.max_steps is not None and self.max_steps < 1:
-            msg = f"max_steps must be 1 or more, got {self.max_steps}"
             raise ValueError(msg)
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
@@ -157,7 +157,7 @@ def adam(
 def forget_length(checkpoint: dict[str, Any]) -> None:
     """Keep the current step of a saved one-cycle schedule, but not its total length."""
     kept = ("last_epoch", "_step_count", "_last_lr")
-    for state in checkpoint.get("lr_schedulers", []):
+    for state in checkpoint.get("lr_schedulers") or ():
         if "total_steps" in state:
             for key in set(state) - set(kept):
                 del state[key]
@@ -172,6 +172,7 @@ class FlowOptimization(LightningModule):
 
     model: FlowModel
     training_options: TrainingOptions
+    done: Progress | None = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on the flow's parameters, with the detector's schedule."""
@@ -179,14 +180,23 @@ class FlowOptimization(LightningModule):
         return adam(
             self.model.flow.parameters(),
             self.training_options,
-            lambda: self.trainer.estimated_stepping_batches,
+            lambda: self.done.all_steps(self.trainer) if self.done else self.trainer.estimated_stepping_batches,
             fused=not is_mixed,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume a schedule at its step, stretched to the number of steps planned now."""
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self.done = Progress.of(checkpoint)
         forget_length(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Go on with the rate of the schedule as it is laid out now, and not of the one that the checkpoint knew."""
+        super().on_train_start()
+        for config in self.trainer.lr_scheduler_configs if self.done else ():
+            config.scheduler.last_epoch -= 1
+            config.scheduler.step()  # type: ignore[call-arg] # none of ours waits for a metric
 
     def checked(self, loss: Tensor, batch: Batch[Any]) -> Tensor:
         """Log a batch's loss, and stop if it is not finite."""

@@ -133,7 +133,7 @@ class CachedSet(Dataset[ImageItem]):
 
     def look(self) -> None:
         """Look whether all features are stored; decoding can only be skipped if the data set just reads images."""
-        is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__
+        is_plain = type(self.dataset).__getitem__ is AnomalibDataset.__getitem__  # LOCO's has masks of its own
         self.is_known = is_plain and all(
             (key := image_key(path, view)) and key in self.store for path in self.paths for view in self.views
         )

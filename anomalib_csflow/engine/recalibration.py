@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from anomalib_csflow.calibration import Promise
 
-from .checkpoints import CHECKPOINT_KEY, read_checkpoint
+from .checkpoint_files import CHECKPOINT_KEY, sum_of
+from .checkpoints import read_checkpoint
 from .good_images import GoodImages
 from .post_processing import ConformalPostProcessor
 from .roles import TRAINED, VALIDATED, digests, met
@@ -108,6 +109,7 @@ def recalibrate(
     for key in [key for key in written.get("callbacks", {}) if "PostProcessor" in key]:
         del written["callbacks"][key]
     written[CHECKPOINT_KEY]["images"] = detector.roles | {VALIDATED: digests(images)}
+    written[CHECKPOINT_KEY]["tensors"] = sum_of(state)
     written["anomalib_post_processor_config"] = processor.checkpoint_config()
     written["anomalib_components_enabled"]["post_processor"] = True
     partial = output.with_name(f".{output.name}.partial")

@@ -2,12 +2,14 @@
 
 One file per image, memory-mapped, in the safetensors format: nothing is unpickled. A file appears only when it is
 complete (it is written under another name, then renamed), has a checksum, and is named after everything that it
-depends on. So neither a process that is killed nor two processes at once leave wrong features behind.
+depends on. So neither a process that is killed nor two processes at once leave wrong features behind. The checksum
+detects accidents, not forgeries: against these, the store reads and deletes only this user's files (:mod:`~.trust`).
 """
 
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -19,20 +21,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = 1
+from .trust import PRIVATE, check_directory, is_own, own_files
+
+FORMAT = 2
 """Part of every name: increase it when the meaning of the stored values changes."""
 
 BETWEEN_LOOKS = 2**26
 """Bytes that one process writes before it checks again how much all processes have written."""
 
-OWN_FILES = f"{'[0-9a-f]' * 32}/[0-9a-f][0-9a-f]/*"
-"""Pattern of the store's own files; nothing else in the directory is ever deleted."""
-
 
 def default_directory() -> Path:
-    """``$ANOMALIB_CSFLOW_CACHE``, or ``anomalib_csflow`` in the user's cache folder."""
+    """``$ANOMALIB_CSFLOW_CACHE``, or ``anomalib_csflow`` in the user's cache folder.
+
+    In a container whose user has no home, a folder of that user's among the temporary files.
+    """
     named = os.environ.get("ANOMALIB_CSFLOW_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "anomalib_csflow"
+    if named:
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "anomalib_csflow"
+    except RuntimeError:  # no HOME, and the user is not in passwd
+        user = os.getuid() if os.name == "posix" else "user"
+        return Path(tempfile.gettempdir()) / f"anomalib_csflow-{user}"
 
 
 def image_key(path: str | Path, view: str = "") -> str | None:
@@ -57,6 +67,9 @@ class FeatureStore:
         dtype: in which floating-point features are stored.
         max_bytes: limit for the whole directory; the least recently used files are deleted first.
 
+    Raises:
+        UntrustedError: if other users can write in the directory.
+
     Example:
         >>> import tempfile
         >>> store = FeatureStore(Path(tempfile.mkdtemp()), {"backbone": "resnet18"})
@@ -78,6 +91,7 @@ class FeatureStore:
         self.directory = directory
         self.folder = directory / hashlib.sha256(described.encode()).hexdigest()[:32]
         self.description = described
+        check_directory(directory, self.folder)
         self.dtype = dtype
         self.max_bytes = max_bytes
         self._used: set[str] = set()  # keys that this process wrote or read
@@ -90,11 +104,13 @@ class FeatureStore:
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a file for this key; only :meth:`get` checks that it is intact."""
-        return self.path(key).exists()
+        return is_own(self.path(key))
 
     def get(self, key: str) -> tuple[Tensor, ...] | None:
         """Read a pyramid, ``(C, H, W)`` per level; None if it is missing or damaged."""
         path = self.path(key)
+        if not is_own(path):
+            return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -102,7 +118,7 @@ class FeatureStore:
         except (OSError, SafetensorError):
             return None
         if key not in self._used:  # once per process
-            if metadata.get("crc32") != _checksum(pyramid):
+            if metadata.get("crc32") != self._checksum(key, pyramid):
                 return None
             with suppress(OSError):
                 os.utime(path)
@@ -118,7 +134,8 @@ class FeatureStore:
             for level in pyramid
         )
         data = save(
-            {f"{scale:03d}": level for scale, level in enumerate(stored)}, metadata={"crc32": _checksum(stored)}
+            {f"{scale:03d}": level for scale, level in enumerate(stored)},
+            metadata={"crc32": self._checksum(key, stored)},
         )
         try:
             if len(data) > self._room and not self._make_room(len(data)):
@@ -133,11 +150,20 @@ class FeatureStore:
 
     def _write(self, path: Path, data: bytes) -> None:
         if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / "context.json").write_text(self.description)  # for people to read
+            self.directory.mkdir(PRIVATE, parents=True, exist_ok=True)
+            self.folder.mkdir(PRIVATE, exist_ok=True)
+            check_directory(self.directory, self.folder)  # as somebody else may have made them
+            path.parent.mkdir(PRIVATE, exist_ok=True)
+            with suppress(FileExistsError), (self.folder / "context.json").open("x") as file:
+                file.write(self.description)  # for people
+        if path.parent.is_symlink():
+            msg = f"{path.parent} is a link, which the cache did not make"
+            raise OSError(msg)
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+        partial.unlink(missing_ok=True)  # of a process that was killed, or a link
         try:
-            partial.write_bytes(data)
+            with partial.open("xb") as file:
+                file.write(data)
             partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -145,14 +171,10 @@ class FeatureStore:
 
     def _make_room(self, needed: int) -> bool:
         """Measure the directory, delete the least recently used files, and return whether ``needed`` bytes fit."""
-        files = []
-        for path in self.directory.glob(OWN_FILES):
-            with suppress(OSError):  # other processes delete too
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in files)
+        files = sorted(own_files(self.directory))
+        total = sum(file.size for file in files)
         wanted = self.max_bytes - max(needed, min(BETWEEN_LOOKS, self.max_bytes // 10))
-        for _, size, path in sorted(files):
+        for _, size, path in files:
             if total <= wanted:
                 break
             if path.stem not in self._used:
@@ -161,6 +183,14 @@ class FeatureStore:
         self._room = min(self.max_bytes - total, max(needed, BETWEEN_LOOKS))
         return needed <= self._room
 
+    def _checksum(self, key: str, pyramid: tuple[Tensor, ...]) -> str:
+        """Of all that a file says: whose features they are, and each level's type, shape and values."""
+        value = zlib.crc32(f"{self.folder.name} {key}".encode())
+        for level in pyramid:
+            value = zlib.crc32(f"{level.dtype} {tuple(level.shape)}".encode(), value)
+            value = zlib.crc32(level.flatten().view(torch.uint8).numpy().data, value)
+        return f"{value:08x}"
+
     def _stop(self, reason: str) -> None:
         self._is_writing = False
         warnings.warn(
@@ -168,10 +198,3 @@ class FeatureStore:
             "computed in every epoch. Free some space, or set FeatureCache's directory or max_gb",
             stacklevel=2,
         )
-
-
-def _checksum(pyramid: tuple[Tensor, ...]) -> str:
-    value = 0
-    for level in pyramid:
-        value = zlib.crc32(level.flatten().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"

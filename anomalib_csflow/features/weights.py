@@ -266,7 +266,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # the readers raise many types
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         msg = (
             f"{path} is not a readable file of weights ({reason}): give a .safetensors file, or a .pth file of tensors"
         )

@@ -5,6 +5,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+LEAST_VARIATION = 1e-5
+"""Of a level's features, relative to their size: what varies less is rounding, of equal images in other batches."""
+
+
+def check_varying(level: int, mean: Tensor, variance: Tensor) -> None:
+    """Check mean and variance of a level's channels, ``(C,)`` each.
+
+    Raises:
+        ValueError: if the features were not finite, or do not vary at all, so that there is nothing to scale them by.
+    """
+    if not (mean.isfinite().all() and variance.isfinite().all()):
+        msg = f"level {level}: the training images' features are not finite: look for NaN in the backbone's weights"
+        raise ValueError(msg)
+    if not variance.mean() > LEAST_VARIATION**2 * mean.square().mean():
+        msg = f"level {level}: the training images' features do not vary: are the images all alike, or blank?"
+        raise ValueError(msg)
+
 
 class RunningStatistics:
     """Mean, variance and maximum of each channel over batches, in float64, on the CPU because not every device has it.

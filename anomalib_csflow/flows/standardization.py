@@ -8,7 +8,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from .pyramid import Pyramid, check_pyramid
-from .running_statistics import RunningStatistics
+from .running_statistics import RunningStatistics, check_varying
 
 
 class ChannelStandardization(InvertibleModule):
@@ -59,7 +59,7 @@ class ChannelStandardization(InvertibleModule):
             gather: collects a tensor from all processes, if several processes share the features.
 
         Raises:
-            ValueError: if there are no pyramids.
+            ValueError: if there are no pyramids, or a level's channels do not vary at all or are not finite.
         """
         seen = [RunningStatistics(channels) for channels in self.channels]
         for pyramid in pyramids:
@@ -74,7 +74,8 @@ class ChannelStandardization(InvertibleModule):
             raise ValueError(msg)
         for scale, statistics in enumerate(seen):
             variance = statistics.variance
-            least = floor * variance.mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+            check_varying(scale, statistics.mean, variance)
+            least = floor * variance.mean().sqrt()
             self.get_buffer(f"mean_{scale}").copy_(statistics.mean)
             self.get_buffer(f"log_std_{scale}").copy_(variance.sqrt().clamp(min=least).log())
         self.get_buffer("is_fitted").fill_(value=True)

@@ -8,7 +8,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from .pyramid import Pyramid, check_pyramid
-from .running_statistics import RunningCovariance
+from .running_statistics import RunningCovariance, check_varying
 
 
 class ChannelWhitening(InvertibleModule):
@@ -66,7 +66,7 @@ class ChannelWhitening(InvertibleModule):
             gather: collects a tensor from all processes, if several processes share the features.
 
         Raises:
-            ValueError: if there are no pyramids, or a level's channels do not vary at all.
+            ValueError: if there are no pyramids, or a level's channels do not vary at all or are not finite.
         """
         seen = [RunningCovariance(channels) for channels in self.channels]
         for pyramid in pyramids:
@@ -80,9 +80,7 @@ class ChannelWhitening(InvertibleModule):
         for index, statistics in enumerate(seen):
             covariance = statistics.covariance
             variance = covariance.diagonal()
-            if not variance.mean() > 0:
-                msg = f"level {index}: the training images' features do not vary: are all images the same, or blank?"
-                raise ValueError(msg)
+            check_varying(index, statistics.mean, variance)
             std = variance.clamp(min=1e-6 * variance.mean().item()).sqrt()
             values, vectors = torch.linalg.eigh(covariance / torch.outer(std, std))
             values = values.clamp(min=0) + max(shrinkage, 1e-3) ** 2

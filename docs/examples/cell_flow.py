@@ -10,6 +10,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
@@ -67,7 +68,7 @@ class CellFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        # check other arguments here, before the backbone is built
+        check_arguments(locals())  # check others here too, before the backbone is built
 
         def build(network: nn.Module) -> CellFlowModel:
             return CellFlowModel(LayerPyramid(FrozenLayers(network, [layer])), num_blocks)

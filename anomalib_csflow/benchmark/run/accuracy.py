@@ -90,7 +90,7 @@ class Predictions:
 
 
 def evaluate(predictions: Predictions) -> dict[str, float]:
-    """All metrics, between 0 and 1; pixel metrics are NaN if there are no maps or no masks."""
+    """All metrics, between 0 and 1; NaN for pixel metrics without maps or masks, and for F1 of a single defect."""
     predictions = predictions.comparable()
     batch = predictions.batch()
     values = dict.fromkeys((*IMAGE_METRICS, *PIXEL_METRICS), float("nan"))
@@ -131,7 +131,9 @@ def _pixels(half: Predictions) -> tuple[Tensor, Tensor]:
 
 
 def _f1(halves: list[tuple[Tensor, Tensor]]) -> float:
-    """F1 of all, where each half is judged by the best threshold of the other half."""
+    """F1 of all, where each half is judged by the best threshold of the other half; NaN if one has no defect."""
+    if not all(bool(truth.any()) for _, truth in halves):
+        return float("nan")  # no threshold can be chosen on it
     labels = []
     for (scores, _), (other_scores, other_truth) in zip(halves, halves[::-1], strict=True):
         precision, recall, thresholds = binary_precision_recall_curve(other_scores, other_truth.int())

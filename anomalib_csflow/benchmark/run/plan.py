@@ -17,7 +17,7 @@ from anomalib.data import AnomalibDataModule
 import anomalib_csflow
 from anomalib_csflow.benchmark.rows import write_json
 
-MAX_NAME = 80  # letters; the name of a run's folder has two names, a seed and a digest, and at most 255 bytes
+MAX_NAME = 80  # bytes; the name of a run's folder has two names, a seed and a digest, and at most 255 bytes
 SHARED = ("backbone", "weights", "image_size", "antialias")
 """Settings that the detectors of a benchmark share; each detector gets those that its constructor takes."""
 
@@ -177,10 +177,15 @@ def runs(
         if twice:
             msg = f"benchmark: two {what} are called {min(twice)!r}: give each a name"
             raise ValueError(msg)
-        wrong = [name for name in names if len(name) > MAX_NAME or name in {"", ".", ".."} or set(name) & set("/\\\0")]
+        wrong = [
+            name
+            for name in names
+            if len(name.encode()) > MAX_NAME or name in {"", ".", ".."} or set(name) & set("/\\\0")
+        ]
         if wrong:
             msg = (
-                f"benchmark: {wrong[0]!r} in {what} cannot be a folder name: use up to {MAX_NAME} letters and no slash"
+                f"benchmark: {wrong[0]!r} in {what} cannot be a folder name: use up to {MAX_NAME} letters and no slash "
+                "(fewer where a letter takes several bytes)"
             )
             raise ValueError(msg)
     unknown = [key for key in shared if key not in SHARED]

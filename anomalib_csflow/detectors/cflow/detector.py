@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
@@ -124,9 +125,7 @@ class CFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if fibers_per_step < 1:
-            msg = f"fibers_per_step must be 1 or more, got {fibers_per_step}"
-            raise ValueError(msg)
+        check_arguments(locals())
         if score_by not in SCORES_BY:
             msg = f"unknown score_by {score_by!r}: choose one of {', '.join(SCORES_BY)}"
             raise ValueError(msg)

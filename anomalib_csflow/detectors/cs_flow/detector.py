@@ -23,6 +23,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
 from anomalib_csflow import scoring
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.levels import LevelScale
@@ -221,10 +222,11 @@ class CSFlow(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_arguments(locals())
         if kernel_sizes is None:
             kernel_sizes = [3] * (num_blocks - 1) + [5]
-        if num_blocks < 1 or len(kernel_sizes) != num_blocks:
-            msg = f"num_blocks must be 1 or more, with one of kernel_sizes each: got {num_blocks}, {kernel_sizes}"
+        if len(kernel_sizes) != num_blocks:
+            msg = f"give one of kernel_sizes for each of num_blocks: got {num_blocks}, {list(kernel_sizes)}"
             raise ValueError(msg)
         if map_mode not in scoring.MAP_MODES:
             msg = f"unknown map_mode {map_mode!r}: choose one of {', '.join(scoring.MAP_MODES)}"

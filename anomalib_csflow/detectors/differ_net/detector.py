@@ -25,6 +25,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
@@ -139,15 +140,7 @@ class DifferNet(FlowDetector):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        counts = {
-            "num_blocks": num_blocks,
-            "num_train_rotations": num_train_rotations,
-            "num_test_rotations": num_test_rotations,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                msg = f"{name} must be 1 or more, got {count}"
-                raise ValueError(msg)
+        check_arguments(locals())
         mean, std = normalization(backbone)
         black = [-m / s for m, s in zip(mean, std, strict=True)]
 

@@ -1,0 +1,54 @@
+"""Where a training stood when its checkpoint was written, and how many steps it has with those that are to come."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done of a training.
+
+    Args:
+        epochs: whole ones.
+        batches: of all epochs.
+        batches_in_epoch: of an epoch that was not finished.
+        scheduled: steps of the learning rate's schedule.
+    """
+
+    epochs: int
+    batches: int
+    batches_in_epoch: int
+    scheduled: int
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any]) -> "Progress | None":
+        """Of a checkpoint; None if it holds no training, but weights alone."""
+        loop = (checkpoint.get("loops") or {}).get("fit_loop")
+        if not loop:
+            return None
+        epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+        is_within = epochs["ready"] > epochs["completed"]
+        is_over = is_within and batches["is_last_batch"]  # but for what follows an epoch's last batch
+        schedules = checkpoint.get("lr_schedulers") or [{"last_epoch": 0}]
+        return cls(
+            epochs=epochs["completed"] + is_over,
+            batches=batches["total"]["ready"],
+            batches_in_epoch=batches["current"]["ready"] if is_within and not is_over else 0,
+            scheduled=schedules[0]["last_epoch"],
+        )
+
+    def all_steps(self, trainer: Trainer) -> float:
+        """Steps that are scheduled with those that the trainer has yet to take: their number in an epoch may be new."""
+        planned = trainer.estimated_stepping_batches  # which also loads the training set
+        if planned == math.inf or trainer.max_epochs in (None, -1):
+            return planned
+        accumulated = trainer.accumulate_grad_batches
+        an_epoch = math.ceil(trainer.num_training_batches / accumulated)
+        is_within = self.batches_in_epoch < trainer.num_training_batches  # else Lightning runs the epoch once more
+        of_this = self.batches_in_epoch // accumulated if is_within else 0
+        left = max((trainer.max_epochs or 0) - self.epochs, 0) * an_epoch - of_this
+        steps = self.scheduled + max(left, 1)
+        return steps if trainer.max_steps == -1 else min(steps, max(trainer.max_steps, self.scheduled + 1))
