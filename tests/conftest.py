@@ -10,7 +10,7 @@ from anomalib.data import Folder
 from PIL import Image
 from torch import nn
 
-from anomalib_csflow import CSFlow
+from anomalib_csflow import CFlow, CSFlow, DifferNet, FastFlow, MSFlow, RealNVP
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 
@@ -31,6 +31,20 @@ LAYERS = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.2", "blocks.4"
 CFLOW = LAYERS | {"num_blocks": 2, "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
 FAST_FLOW = LAYERS | {"num_steps": 2, "lr": 1e-3, "schedule": "one_cycle"}
 MS_FLOW = LAYERS | {"num_blocks": [1, 2], "condition_channels": 16, "lr": 1e-3, "schedule": "one_cycle"}
+
+
+DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, object]]] = {
+    "CSFlow": (CSFlow, SMALL),
+    "DifferNet": (
+        DifferNet,
+        SMALL | {"num_test_rotations": 2, "num_train_rotations": 2, "fixed_train_rotations": True},
+    ),
+    "RealNVP": (RealNVP, SMALL),
+    "CFlow": (CFlow, CFLOW | {"standardize": True}),
+    "FastFlow": (FastFlow, FAST_FLOW),
+    "MSFlow": (MSFlow, MS_FLOW | {"standardize": True, "lr": 3e-3}),
+}
+"""Each detector once, small."""
 
 
 def randomize(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:

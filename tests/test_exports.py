@@ -1,7 +1,6 @@
-"""Each sibling in each format: the same scores and maps as in torch, for any batch."""
+"""Each detector in each format: the same scores and maps as in torch, for any batch."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,22 +9,19 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
-from conftest import CFLOW, FAST_FLOW, MS_FLOW, folder_arguments
+from conftest import CFLOW, DETECTORS, FAST_FLOW, folder_arguments
 
-from anomalib_csflow import CFlow, FastFlow, MSFlow
+from anomalib_csflow import CFlow, FastFlow
 from anomalib_csflow.engine.detector import FlowDetector
 
 SIZE = (64, 96)
-DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
-    "CFlow": (CFlow, CFLOW | {"standardize": True}),
+VARIANTS = DETECTORS | {
     "CFlow, by energy": (CFlow, CFLOW | {"standardize": True, "score_by": "energy", "top_share": 0.03}),
-    "FastFlow": (FastFlow, FAST_FLOW),
     "FastFlow, of the least likely positions": (FastFlow, FAST_FLOW | {"top_share": 0.03}),
-    "MSFlow": (MSFlow, MS_FLOW | {"standardize": True, "lr": 3e-3}),
 }
 
 
-@pytest.fixture(scope="module", params=DETECTORS.values(), ids=DETECTORS.keys())
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
 def trained(
     request: pytest.FixtureRequest, image_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FlowDetector, Path]:
@@ -65,7 +61,9 @@ def test_load_from_checkpoint(trained: tuple[FlowDetector, Path]) -> None:
         torch.testing.assert_close(loaded.nll(raw), detector.nll(raw))
     assert loaded.input_size == SIZE
     torch.testing.assert_close(prediction.pred_score, expected.pred_score)
-    torch.testing.assert_close(prediction.anomaly_map, expected.anomaly_map)
+    assert (prediction.anomaly_map is None) == (expected.anomaly_map is None)
+    if expected.anomaly_map is not None:
+        torch.testing.assert_close(prediction.anomaly_map, expected.anomaly_map)
 
 
 def test_exports_agree(
@@ -79,7 +77,7 @@ def test_exports_agree(
     with torch.no_grad():
         expected = detector(pixels)
     assert expected.pred_score.std() > 1e-2  # constants would agree as well
-    assert expected.anomaly_map.std() > 1e-3
+    assert expected.anomaly_map is None or expected.anomaly_map.std() > 1e-3
 
     engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
     exported = {
@@ -93,4 +91,5 @@ def test_exports_agree(
         for batch in (1, 4):
             outputs = model(pixels[:batch].numpy())
             np.testing.assert_allclose(outputs["pred_score"].reshape(-1), expected.pred_score[:batch], atol=1e-3)
-            np.testing.assert_allclose(outputs["anomaly_map"], expected.anomaly_map[:batch], atol=1e-3)
+            if expected.anomaly_map is not None:
+                np.testing.assert_allclose(outputs["anomaly_map"], expected.anomaly_map[:batch], atol=1e-3)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from conftest import SMALL, folder_arguments
+from conftest import DETECTORS, SMALL, folder_arguments
 from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 from torchvision.transforms import v2
@@ -222,6 +222,31 @@ def test_the_backbone_sees_each_image_once_and_nothing_else_changes(image_folder
     assert not any(off.blank)
     assert all(first.blank)  # the statistics came first: no epoch decoded anything
     assert type(first.datamodule.train_data).__module__.startswith("anomalib.")
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_trains_alike_with_features_that_are_known(
+    name: str, image_folder: Path, tmp_path: Path
+) -> None:
+    flows = []
+    for cache in (FeatureCache(max_gb=0), FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")):
+        seed_everything(0, verbose=False)
+        kind, arguments = DETECTORS[name]
+        detector = kind(**arguments | {"image_size": 64})
+        engine = Engine(
+            default_root_dir=tmp_path / "results",
+            max_epochs=2,
+            accelerator="cpu",
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[cache],
+        )
+        engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
+        flows.append(detector.model.flow.state_dict())
+    for flow in flows[1:]:
+        for key, value in flows[0].items():
+            torch.testing.assert_close(flow[key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

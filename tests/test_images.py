@@ -8,8 +8,10 @@ import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_mask
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from conftest import SMALL, folder_arguments
 from PIL import Image
+from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_csflow import CSFlow
 from anomalib_csflow.engine.images import UnreadableImageError, check_images, check_variety
@@ -121,3 +123,102 @@ def test_features_that_do_not_vary_are_refused(layer: type, value: float) -> Non
         layer([(3, 2, 2)]).fit([(features,)])
     with pytest.raises(ValueError, match="level 0: the training images' features are not finite"):
         layer([(3, 2, 2)]).fit([(features * torch.nan,)])
+
+
+def test_pre_processing_follows_the_backbone() -> None:
+    def transform(detector: CSFlow) -> tuple[list[float], list[float], list[int]]:
+        resize, normalize = detector.pre_processor.transform.transforms
+        assert isinstance(resize, Resize)
+        assert isinstance(normalize, Normalize)
+        return normalize.mean, normalize.std, resize.size
+
+    assert transform(CSFlow(**SMALL, image_size=(96, 128))) == ([0.5] * 3, [0.5] * 3, [96, 128])
+    resnet = CSFlow("resnet18.tv_in1k", "layer2", "random", image_size=64, hidden_channels=4)
+    assert transform(resnet) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [64, 64])
+
+
+def test_custom_pre_processor_is_used() -> None:
+    detector = CSFlow(**SMALL, image_size=96, pre_processor=PreProcessor(Resize((128, 64))))
+    assert detector.input_size == (128, 64)
+
+
+@pytest.mark.parametrize(("mode", "gain"), [("L", 1), ("I;16", 1), ("RGB", 1), ("RGBA", 1), ("I;16", 256)])
+def test_grey_and_16_bit_images(mode: str, gain: int, image_folder: Path, tmp_path: Path) -> None:
+    """Whatever anomalib reads; but it reads 16-bit values above 255 as white, which is said instead."""
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for source in sorted((image_folder / "train/good").iterdir()):
+        values = np.asarray(Image.open(source))
+        image = Image.fromarray(values.astype(np.uint16) * gain) if mode == "I;16" else Image.open(source).convert(mode)
+        assert image.mode == mode
+        image.save(folder / source.name)
+    datamodule = Folder("grey", "good", root=tmp_path, train_batch_size=4, eval_batch_size=1, num_workers=0)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    detector = CSFlow(**SMALL, image_size=96)
+    if gain > 1:
+        with pytest.raises(UnreadableImageError, match=r"\.png has values up to .* scale it to 8 bits per channel"):
+            engine.fit(detector, datamodule=datamodule)
+        return
+    engine.fit(detector, datamodule=datamodule)
+    (prediction, *_) = engine.predict(detector, data_path=folder)
+    assert torch.isfinite(prediction.pred_score).all()
+    assert prediction.image.std() > 0.1
+
+
+def broken_copy(source: Path, folder: Path, kind: str) -> Path:
+    """A copy of a folder with one image more, which cannot be read."""
+    folder.mkdir(parents=True)
+    files = sorted(source.iterdir())
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+    content = files[0].read_bytes()
+    broken = {"no image": b"no image", "cut": content[: len(content) // 2], "empty": b""}[kind]
+    (folder / "broken.png").write_bytes(broken)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["no image", "cut", "empty"])
+def test_unreadable_image_is_named_before_training(kind: str, image_folder: Path, tmp_path: Path) -> None:
+    folder = broken_copy(image_folder / "train/good", tmp_path / "images", kind)
+    datamodule = Folder(**folder_arguments(image_folder) | {"normal_dir": str(folder)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=datamodule
+        )
+
+
+@pytest.mark.parametrize("folder", ["normal_test_dir", "mask_dir"])
+def test_unreadable_validation_image_is_named_before_training(folder: str, image_folder: Path, tmp_path: Path) -> None:
+    arguments = folder_arguments(image_folder)
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in sorted((image_folder / str(arguments[folder])).iterdir()):
+        content = file.read_bytes()
+        (images / file.name).write_bytes(content[: len(content) // 2] if file.stem == "002" else content)
+    datamodule = Folder(**arguments | {folder: str(images)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*002\.png"):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=datamodule
+        )
+
+
+def test_unreadable_image_is_named_before_test_and_predict(
+    detector: CSFlow, image_folder: Path, tmp_path: Path
+) -> None:
+    folder = broken_copy(image_folder / "test/good", tmp_path / "images", "cut")
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        engine.predict(detector, data_path=folder)
+    datamodule = Folder(**folder_arguments(image_folder) | {"normal_test_dir": str(folder)})
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        engine.test(detector, datamodule=datamodule)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_empty_or_missing_folder(exists: bool, tmp_path: Path) -> None:
+    if exists:
+        (tmp_path / "good").mkdir()
+    with pytest.raises((RuntimeError, FileNotFoundError), match=str(tmp_path / "good")):
+        Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(
+            CSFlow(**SMALL, image_size=96), datamodule=Folder("none", "good", root=tmp_path)
+        )

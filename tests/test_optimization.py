@@ -1,10 +1,17 @@
 """The schedules: laid out over the training, stretched on resuming."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from conftest import SMALL
 
+from anomalib_csflow import CSFlow
 from anomalib_csflow.engine import optimization
-from anomalib_csflow.engine.optimization import TrainingOptions
+from anomalib_csflow.engine.optimization import NonFiniteLossError, TrainingOptions
 
 
 def rates(schedule: str, steps: int) -> list[float]:
@@ -61,3 +68,50 @@ def test_bad_arguments() -> None:
         optimization.adam([torch.nn.Parameter(torch.zeros(1))], TrainingOptions(1, "one_cycle"), lambda: float("inf"))
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, one_cycle"):
         TrainingOptions(1, "cosine")
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(datamodule: Folder, tmp_path: Path) -> None:
+    class Poisoned(CSFlow):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    next(self.model.flow.parameters()).fill_(float("nan"))
+
+    detector = Poisoned(**SMALL, image_size=96)
+    engine = Engine(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at epoch 1, step 3: .*model\.ckpt") as error:
+        engine.fit(detector, datamodule=datamodule)
+    path = re.search(r"checkpoint: (\S+\.ckpt)", str(error.value))[1]
+    kept = Poisoned.load_from_checkpoint(path)
+    assert all(torch.isfinite(parameter).all() for parameter in kept.model.flow.parameters())
+
+
+def test_gradient_clipping_is_the_papers_unless_asked(datamodule: Folder, tmp_path: Path) -> None:
+    class Watched(CSFlow):
+        norms: list[float] = []
+
+        def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+            gradients = [p.grad for p in self.model.flow.parameters() if p.grad is not None]
+            if gradients:
+                self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    for asked, bound in ((None, 1.0), (0.01, 0.01)):
+        Watched.norms = []
+        detector = Watched(**SMALL | {"standardize": False}, image_size=96)
+        engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, gradient_clip_val=asked)
+        engine.fit(detector, datamodule=datamodule)
+        assert Watched.norms
+        assert max(Watched.norms) == pytest.approx(bound, rel=1e-2)
+
+
+def test_non_finite_gradient_stops_before_the_step(datamodule: Folder, tmp_path: Path) -> None:
+    class Exploding(CSFlow):
+        def on_after_backward(self) -> None:
+            if self.current_epoch == 1:
+                next(self.model.flow.parameters()).grad.fill_(float("inf"))
+
+    detector = Exploding(**SMALL, image_size=96)
+    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient became inf at epoch 1, step 3: .*model\.ckpt"):
+        engine.fit(detector, datamodule=datamodule)
+    assert all(torch.isfinite(parameter).all() for parameter in detector.model.flow.parameters())
