@@ -150,7 +150,9 @@ def draw_pictures(name: str, root: Path, inferencer: OpenVINOInferencer, path: P
         axes[0, column].imshow(image, cmap="gray", extent=extent)
         axes[1, column].imshow(mask, cmap="gray", extent=extent, vmin=0, vmax=255)
         axes[2, column].imshow(image, cmap="gray", extent=extent)
-        axes[2, column].imshow(heat[column], cmap="jet", alpha=0.6, extent=extent, vmin=heat.min(), vmax=heat.max())
+        axes[2, column].imshow(heat[column], cmap="jet", alpha=0.6, extent=extent, vmin=0.2, vmax=0.8)  # calibrated
+        if heat[column].max() > 0.5:  # the threshold
+            axes[2, column].contour(heat[column], [0.5], colors="white", linewidths=1.5, extent=extent, origin="upper")
         axes[0, column].set_title(kind)
         is_defective, score = (
             np.asarray(value).squeeze() for value in (predictions[column].pred_label, predictions[column].pred_score)
