@@ -36,7 +36,8 @@ def trained(
     return state, [tensor for batch in found for tensor in (batch.pred_score, batch.anomaly_map)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+# forked workers now and then end a test process that has many other libraries' threads: `make long` has one of its own
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("cls", TWO, ids=lambda cls: cls.__name__)
 def test_equal_runs_are_bitwise_equal(
     cls: type[FlowDetector], num_workers: int, image_folder: Path, tmp_path: Path

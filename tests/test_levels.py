@@ -54,7 +54,7 @@ def test_covariance_of_batches_and_of_processes_is_that_of_all() -> None:
 
 @pytest.mark.parametrize(
     ("features", "message"),
-    [([], "there are no features to measure"), ([(torch.ones(4, 3, 2, 2),)], "features do not vary: are all images")],
+    [([], "there are no features to measure"), ([(torch.ones(4, 3, 2, 2),)], "features do not vary: are the images")],
 )
 def test_whitening_of_nothing(features: list[tuple[torch.Tensor]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
