@@ -26,6 +26,7 @@ from anomalib_csflow.engine.good_images import GoodScale
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.features import weights
 from anomalib_csflow.runtime.bundle import FORMAT, MANIFEST, VERSION, sha256
+from anomalib_csflow.runtime.engines import PACKAGES
 
 Format = Literal["openvino", "onnx"]
 FORMATS: tuple[Format, ...] = ("openvino", "onnx")
@@ -243,11 +244,10 @@ def _licence(architecture: str, source: str) -> str:
 
 def _requirements(formats: Sequence[Format]) -> str:
     """What the line needs beside ``pip install --no-deps anomalib-csflow``."""
-    packages = {"openvino": "openvino", "onnx": "onnxruntime"}
     lines = ["numpy>=1.26.4", "Pillow"]
     for name in formats:
         with contextlib.suppress(PackageNotFoundError):
-            lines.append(f"{packages[name]}>={version(packages[name])}")
+            lines.append(f"{PACKAGES[name]}>={version(PACKAGES[name])}")
     return "\n".join(lines) + "\n"
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import AnomalibDataset
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from .good_images import GoodImages
+from .good_images import CollectedScores, GoodImages
 
 if TYPE_CHECKING:
     from .detector import FlowDetector
@@ -41,18 +41,6 @@ class _Fold(LightningDataModule):
         return self._loader(self.val_data, shuffle=False)
 
 
-class _Scores(Callback):
-    """Collects the raw scores of validated images."""
-
-    def __init__(self) -> None:
-        self.images = GoodImages()
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Collect the scores of a batch."""
-        del trainer, pl_module, args
-        self.images.add(outputs)
-
-
 def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> GoodImages:
     """For each fold, refit a detector on the images of all other folds, and score those of the fold.
 
@@ -67,7 +55,7 @@ def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: in
         The images with their raw scores and the maxima of their maps, in arbitrary order.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    collector = _Scores()
+    collector = CollectedScores()
     loader: Any = detector.trainer.train_dataloader
     rank_zero_info(
         f"Taking thresholds from {num_folds} refits, since too few good images were held out for the false-alarm rate: "
@@ -86,7 +74,7 @@ def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
     return images.subsample(list(indices), inplace=False)
 
 
-def _refit(detector: "FlowDetector", data: _Fold, collector: _Scores) -> None:
+def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) -> None:
     """Fit a detector with the same arguments and backbone, for as long as the given one was fitted."""
     arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
     refitted = type(detector)(**arguments, **COMPONENTS | {"pre_processor": detector.pre_processor or False})

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from anomalib.data import Batch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from anomalib_csflow.calibration import Scale
@@ -112,6 +113,20 @@ class GoodImages:
             seen = [*{image[0] or index: image for index, image in enumerate(images)}.values()]
         maxima = [maximum for _, _, maximum in seen if maximum is not None]
         return torch.tensor([score for _, score, _ in seen]), torch.tensor(maxima) if maxima else None
+
+
+class CollectedScores(Callback):
+    """Collects the raw scores of the images that a trainer validates or predicts."""
+
+    def __init__(self) -> None:
+        self.images = GoodImages()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Collect a batch's."""
+        del trainer, pl_module, args
+        self.images.add(outputs)
+
+    on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment] # whose other arguments are not used
 
 
 def image_scores(score: Tensor | None, anomaly_map: Tensor | None) -> Tensor:

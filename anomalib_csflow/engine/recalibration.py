@@ -1,11 +1,11 @@
 """New thresholds for a checkpoint, from new good images and without training."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from anomalib.data import PredictDataset
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,24 +14,12 @@ from anomalib_csflow.calibration import Promise
 
 from .checkpoint_files import CHECKPOINT_KEY, sum_of
 from .checkpoints import read_checkpoint
-from .good_images import GoodImages
+from .good_images import CollectedScores
 from .post_processing import ConformalPostProcessor
 from .roles import TRAINED, VALIDATED, digests, met
 
 if TYPE_CHECKING:
     from .detector import FlowDetector
-
-
-class _Scores(Callback):
-    """Collects the raw scores of what is predicted."""
-
-    def __init__(self) -> None:
-        self.images = GoodImages()
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Collect a batch's."""
-        del trainer, pl_module, args
-        self.images.add(outputs)
 
 
 def raw_scores(detector: "FlowDetector", folder: Path) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +36,7 @@ def raw_scores(detector: "FlowDetector", folder: Path) -> tuple[Tensor, Tensor |
         FileNotFoundError: if there are no images.
     """
     images = PredictDataset(folder)
-    collector = _Scores()
+    collector = CollectedScores()
     components = detector.post_processor, detector.evaluator, detector.visualizer
     detector.post_processor = detector.evaluator = detector.visualizer = None
     try:

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from .images import image_files
+
 Roles = dict[str, list[str]]
 """Digests of image files, by what was done with them: ``TRAINED`` or ``VALIDATED``."""
 
@@ -89,10 +91,8 @@ def _say(trainer: Trainer, detector: Any, loaders: Any) -> None:
 
 
 def _files(dataset: Any) -> list[str]:
-    """Image files of one of anomalib's data sets; none of others."""
-    samples = getattr(dataset, "samples", None)
-    files = getattr(dataset, "image_filenames", ()) if samples is None else samples.image_path
-    return [str(file) for file in files if Path(str(file)).is_file()]
+    """Image files of an anomalib data set that exist: a missing one is named by the check of images."""
+    return [file for file in image_files(dataset) if Path(file).is_file()]
 
 
 def _digest(file: str | Path) -> str:

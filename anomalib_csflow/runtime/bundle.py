@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalib_csflow.calibration import Scale
+from anomalib_csflow.calibration import Scale, p_values
 
 FORMAT = "anomalib-csflow-bundle"
 VERSION = 1
@@ -42,8 +42,7 @@ class GoodScale:
 
     def p_value(self, calibrated: float) -> float:
         """Share of good images as unusual as this one, itself included: ``(1 + #{good >= value}) / (n + 1)``."""
-        ordered = self.scale.calibrated(self.good)
-        return float(1 + (ordered >= np.float32(calibrated)).sum()) / (len(ordered) + 1)
+        return float(p_values(np.float32(calibrated), self.scale.calibrated(self.good)))
 
 
 class Bundle:
