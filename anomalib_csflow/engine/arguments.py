@@ -19,14 +19,15 @@ COUNTS = {
     "fibers_per_step": 1,
     "max_epochs": 1,
     "max_steps": 1,
+    "crop_size": 1,
 }
 """Whole numbers, and the least of each."""
 
 FLAGS = (
     *("antialias", "standardize", "whiten", "bfloat16", "recompute", "permute_soft", "fixed_train_rotations"),
-    "localize",
+    *("localize", "keep_aspect"),
 )
-OPTIONAL = ("kernel_sizes", "gradient_clip_norm", "max_epochs", "max_steps")
+OPTIONAL = ("kernel_sizes", "gradient_clip_norm", "max_epochs", "max_steps", "crop_size")
 """May be None too."""
 
 LARGEST_KERNEL = 15

@@ -69,6 +69,7 @@ class LeanCheckpoints(LightningModule):
     image_options: ImageOptions
     keep_backbone: bool
     roles: Roles
+    take_size: Callable[[tuple[int, int]], None]
     checkpoint_safe_globals: ClassVar[Callable[[], list[Any]]]  # AnomalibModule's
 
     @property
@@ -100,6 +101,9 @@ class LeanCheckpoints(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint belongs to this detector, and put back what was left out."""
         check_form(checkpoint, type(self).__name__, "the file")
+        size = checkpoint[CHECKPOINT_KEY].get("arguments", {}).get("image_size")
+        if self.image_options.is_open and size:
+            self.take_size((size[0], size[1]))
         self._check_arguments(checkpoint[CHECKPOINT_KEY])
         self.roles = checkpoint[CHECKPOINT_KEY].get("images", {})
         state = checkpoint["state_dict"]

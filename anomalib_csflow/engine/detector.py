@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from anomalib import LearningType
@@ -14,6 +15,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
@@ -23,10 +25,20 @@ from anomalib_csflow.flows.pyramid import Pyramid
 
 from .checkpoints import LeanCheckpoints
 from .compiled import compiled
+from .crops import random_crops
 from .exports import FlowExports
 from .feature_cache import FeatureCache
 from .fitting import FlowFitting
-from .images import ImageOptions, check_images, check_number, check_variety, image_files, mask_files
+from .images import (
+    ImageOptions,
+    check_images,
+    check_number,
+    check_variety,
+    image_files,
+    mask_files,
+    size_like,
+    training_files,
+)
 from .model import FlowModel
 from .optimization import FlowOptimization, TrainingOptions
 from .post_processing import ConformalPostProcessor
@@ -67,6 +79,9 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
         self.roles = {}
+        if image_options.keep_aspect and isinstance(pre_processor, PreProcessor):
+            msg = "keep_aspect=True makes the pre-processor when a fit begins: leave out pre_processor"
+            raise ValueError(msg)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.keep_backbone = image_options.weights == "random"  # which cannot be loaded again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
@@ -90,7 +105,10 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     def training_step(self, batch: Batch[Any], batch_idx: int) -> STEP_OUTPUT:
         """One step of maximum likelihood."""
         del batch_idx
-        features = self.noisy(self.features(batch))
+        features, side = self.features(batch), self.training_options.crop_size
+        if side is not None:
+            features = random_crops(features, side, self.model.features.strides)
+        features = self.noisy(features)
         with bfloat16(features[0].device, wanted=self.training_options.bfloat16):
             loss = self.loss(features)
         return self.checked(loss, batch)
@@ -160,6 +178,17 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         """Resize to ``image_size`` and normalize with the mean and standard deviation of the backbone's training."""
         return self.image_options.pre_processor(image_size)
 
+    def take_size(self, size: tuple[int, int]) -> None:
+        """Resize images to this height and width from now on; checkpoints and exported models do so too."""
+        self.model.features.check_size(*size)
+        self.image_options = replace(self.image_options, image_size=size)
+        self.hparams["image_size"] = size
+        processor = self.image_options.pre_processor()
+        if self.pre_processor is not None:
+            self.pre_processor.transform = processor.transform
+            self.pre_processor.export_transform = processor.export_transform
+        rank_zero_info(f"Images are resized to a height of {size[0]} and a width of {size[1]} pixels.")
+
     def configure_post_processor(self) -> PostProcessor:
         """Labels and masks with a promised false-alarm rate, from good images only."""
         return ConformalPostProcessor()
@@ -185,6 +214,9 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's components, notes of what was seen, and a feature cache unless the trainer has one already."""
+        if self.image_options.is_open and self.trainer.state.fn == "fit":  # before a datamodule reads the size
+            files = training_files(getattr(self.trainer, "datamodule", None))
+            self.take_size(size_like(files, self.image_options.size[0], self.model.features.strides[-1]))
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
         return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()])]
 

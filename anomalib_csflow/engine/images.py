@@ -1,15 +1,15 @@
 """How images are pre-processed for the backbone, and checks of image files before any long work starts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from anomalib.data import Folder
+from anomalib.data import AnomalibDataModule, Folder
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.pre_processing import PreProcessor
 from numpy.typing import NDArray
@@ -35,12 +35,20 @@ class ImageOptions:
         weights: the backbone's, see :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: whether to resize with antialiasing.
+        keep_aspect: whether one number for ``image_size`` is the shorter side, and the first training images' aspect
+            ratio gives the other when a fit begins.
     """
 
     backbone: str
     weights: str
     image_size: int | tuple[int, int]
     antialias: bool
+    keep_aspect: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the training images decide the size."""
+        return self.keep_aspect and isinstance(self.image_size, int)
 
     @property
     def size(self) -> list[int]:
@@ -60,6 +68,48 @@ class ImageOptions:
             raise ValueError(msg)
         mean, std = weights.normalization(self.backbone)
         return PreProcessor(Compose([Resize(pixels, antialias=self.antialias), Normalize(mean, std)]))
+
+
+def size_like(files: Iterable[str], shorter: int, multiple: int) -> tuple[int, int]:
+    """Height and width with the images' median aspect ratio, rounded to multiples.
+
+    Args:
+        files: of images; the first hundred are looked at.
+        shorter: pixels of the shorter side.
+        multiple: of pixels.
+
+    Raises:
+        UnreadableImageError: if one of them is not an image.
+    """
+    ratios = [_aspect(file) for file in islice(files, 100)]
+    ratio = float(np.median(ratios)) if ratios else 1.0
+    sides = (shorter * max(ratio, 1), shorter * max(1 / ratio, 1))
+    height, width = (max(round(side / multiple), 1) * multiple for side in sides)
+    return height, width
+
+
+def _aspect(file: str) -> float:
+    try:
+        with Image.open(file) as image:
+            return image.height / image.width
+    except OSError as error:
+        msg = f"{file} is not an image that can be read: repair or remove it"
+        raise UnreadableImageError(msg) from error
+
+
+def training_files(datamodule: object) -> Iterator[str]:
+    """Files of the training images of one of anomalib's datamodules, before or after its ``setup``.
+
+    Raises:
+        ValueError: if it is not one of anomalib's.
+    """
+    if not isinstance(datamodule, AnomalibDataModule):
+        msg = "keep_aspect=True needs one of anomalib's datamodules: give image_size as height and width instead"
+        raise ValueError(msg)
+    listed = copy(datamodule)
+    if not hasattr(listed, "train_data"):
+        listed._setup()  # lists the files, and divides nothing
+    return image_files(listed.train_data)
 
 
 class TooFewImagesError(ValueError):

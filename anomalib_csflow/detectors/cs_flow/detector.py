@@ -12,7 +12,7 @@ Differs from the published code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
@@ -37,13 +37,11 @@ from anomalib_csflow.flows import (
     PyramidFlow,
     ScalePermutation,
 )
-from anomalib_csflow.flows.pyramid import Pyramid
 
 from .reference import convert_reference_flow
 
-ImageScore = Literal["energy", "map", "spot_or_whole"]
-"""What the image score is computed from: the latents' mean energy, the highest positions of the map, or the more
-unusual of these and the whole map."""
+ImageScore = Literal["energy", "map"]
+"""What the image score is computed from: the latents' mean energy, or the highest positions of the map."""
 
 
 class CSFlowModel(FlowModel):
@@ -91,7 +89,6 @@ class CSFlowModel(FlowModel):
         self.image_score = image_score
         self.top_share = top_share
         self.level_scale = LevelScale(len(dims)) if map_mode == "soft_minimum" else None
-        self.score_scale = LevelScale(2) if image_score == "spot_or_whole" else None
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Score: mean energy of all levels (eq. 8), or the map's highest positions. Map: mean squares (section 3.4)."""
@@ -99,21 +96,9 @@ class CSFlowModel(FlowModel):
         if self.level_scale is not None:
             levels = self.level_scale(levels)
         anomaly_map = scoring.anomaly_map(levels, size, self.map_mode)
-        return InferenceBatch(pred_score=self.image_scores(latents, anomaly_map), anomaly_map=anomaly_map)
-
-    def image_scores(self, latents: Sequence[Tensor], anomaly_map: Tensor) -> Tensor:
-        """Image scores ``(N,)`` of latents and their map."""
-        if self.image_score == "energy":
-            return scoring.mean_energy(latents)
-        spot_and_whole = self.spot_and_whole(anomaly_map)
-        if self.score_scale is None:
-            return spot_and_whole[0].flatten()
-        return torch.cat(self.score_scale(spot_and_whole), dim=1).flatten(1).amax(1)
-
-    def spot_and_whole(self, anomaly_map: Tensor) -> Pyramid:
-        """Mean of each map's highest positions, and of all its positions: two of ``(N, 1, 1, 1)``."""
-        spot, whole = scoring.top_mean(anomaly_map, self.top_share), anomaly_map.mean((1, 2, 3))
-        return spot.view(-1, 1, 1, 1), whole.view(-1, 1, 1, 1)
+        by_energy = self.image_score == "energy"
+        score = scoring.mean_energy(latents) if by_energy else scoring.top_mean(anomaly_map, self.top_share)
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
 class CSFlow(FlowDetector):
@@ -156,10 +141,13 @@ class CSFlow(FlowDetector):
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
+        keep_aspect: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from the
+            training images' aspect ratio, both as multiples of the coarsest level's stride.
+        crop_size: train on random squares of this many pixels of each image's features; scores and maps are of whole
+            images. So a step on large images costs no more than one on small ones.
         whiten: let the layer that ``standardize`` adds decorrelate the channels too.
-        image_score: ``energy`` (the paper's), the mean over all latents; ``map``, the mean over the map's highest
-            positions, which puts score and map on one scale; or ``spot_or_whole``, the larger of these positions'
-            mean and the whole map's, each in standard deviations of the training images.
+        image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
+            positions, which puts score and map on one scale.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
@@ -214,6 +202,8 @@ class CSFlow(FlowDetector):
         max_steps: int | None = None,
         noise: Noise = 0.0,
         layers: Sequence[str] = (),
+        keep_aspect: bool = False,
+        crop_size: int | None = None,
         whiten: bool = False,
         image_score: ImageScore = "energy",
         top_share: float = 0.0,
@@ -251,30 +241,34 @@ class CSFlow(FlowDetector):
                 features, kernel_sizes, hidden_channels, clamp, standardize, whiten, *scores, recompute=recompute
             )
 
-        images = ImageOptions(backbone, weights, image_size, antialias)
+        images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect)
         training = TrainingOptions(
-            *(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16, max_steps, noise)
+            *(
+                lr,
+                schedule,
+                max_epochs,
+                gradient_clip_norm,
+                weight_decay,
+                betas,
+                eps,
+                bfloat16,
+                max_steps,
+                noise,
+                crop_size,
+            )
         )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def measure(self) -> None:
-        """Measure the scales of the levels and of the score on the training images' features, without noise."""
+        """Measure the scale of each level's map on the training images' features, without noise."""
         model, is_training = self.model, self.model.training
-        height, width = self.image_options.size
-
-        def levels(features: Pyramid) -> Pyramid:
-            return scoring.mean_squares(model.transform(features, jac=False)[0])
-
-        def of_map(features: Pyramid) -> Pyramid:
-            found = model.judge(features, (height, width)).anomaly_map
-            return model.spot_and_whole(cast("Tensor", found))
-
+        if model.level_scale is None:
+            return
         with torch.no_grad():
             model.eval()
-            for scale, measured in ((model.level_scale, levels), (model.score_scale, of_map)):
-                if scale is not None:
-                    scale.fit((measured(features) for features in self.training_features()), gather=self.gather)
+            maps = (scoring.mean_squares(model.transform(x, jac=False)[0]) for x in self.training_features())
+            model.level_scale.fit(maps, gather=self.gather)
             model.train(is_training)
 
     def load_reference_state_dict(
