@@ -61,7 +61,7 @@ def test_sizes_keep_the_aspect_ratio(size: tuple[int, int], expected: tuple[int,
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_text("no image")
-    with pytest.raises(UnreadableImageError, match="image.png is not an image that can be read"):
+    with pytest.raises(UnreadableImageError, match=r"image\.png is not an image that can be read"):
         size_like([str(tmp_path / "image.png")], 448, 32)
 
 
