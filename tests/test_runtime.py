@@ -129,7 +129,7 @@ def test_a_detector_without_maps(image_folder: Path, tmp_path: Path) -> None:
     result = Detector(made)(image_folder / "test/good/000.png")
     assert (result.anomaly_map, result.mask, result.boxes) == (None, None, [])
     assert 0 < result.score < 1
-    assert all(one.keeps(1e-3) for one in validate(made))
+    assert all(one.keeps(1e-3) for one in validate(Bundle(made)))
     assert Bundle(made).manifest["reference"]["kind"] == "test patterns"
 
 

@@ -17,8 +17,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
     parsed = parser(program).parse_args(arguments)
     try:
         if parsed.command == "validate":
-            measured = validate(parsed.bundle, parsed.images, parsed.threads)
-            tolerance = Bundle(parsed.bundle).manifest["tolerance"]
+            bundle = Bundle(parsed.bundle)
+            measured = validate(bundle, parsed.images, parsed.threads)
+            tolerance = bundle.manifest["tolerance"]
             print(table(measured, tolerance))
             broken = [str(one.case) for one in measured if not one.keeps(tolerance)]
             if broken:

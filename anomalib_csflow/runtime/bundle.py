@@ -11,7 +11,7 @@ import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from anomalib_csflow.calibration import Scale, p_values
 FORMAT = "anomalib-csflow-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
+Format = Literal["openvino", "int8", "onnx"]
+"""Models that a bundle may hold; ``int8`` is OpenVINO's in 8 bits."""
+FORMATS: tuple[Format, ...] = get_args(Format)
 REQUIRED = ("detector", "input", "calibration", "models", "reference", "tolerance", "files")
 
 
