@@ -22,6 +22,7 @@ from anomalib_csflow.engine.checkpoints import LeanCheckpoints, read_checkpoint
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.runtime.bundle import FORMATS, MANIFEST, Format, sha256
 
+from .int8 import write_int8
 from .manifest import manifest, requirements
 
 NUM_REFERENCE = 4
@@ -62,7 +63,8 @@ def bundle(
         out: a folder that does not exist yet, or a .zip file.
         reference: a folder of a few good images, which go into the bundle with the outputs that are expected for
             them; without it, two test patterns do.
-        formats: models to include.
+        formats: models to include; ``int8`` is OpenVINO's in 8 bits, which takes good images, see
+            :func:`~anomalib_csflow.bundling.int8.write_int8`.
 
     Returns:
         The folder, or the zip file.
@@ -71,7 +73,7 @@ def bundle(
         FileExistsError: if there is something at ``out``.
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
-        ValueError: for an unknown format or a folder without images.
+        ValueError: for an unknown format, a folder without images, or an 8-bit model that loses too much.
     """
     out = Path(out)
     if out.exists():
@@ -81,19 +83,25 @@ def bundle(
     if unknown or not formats:
         msg = f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}" if unknown else "give a format"
         raise ValueError(msg)
+    if "int8" in formats:
+        formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # which it is made from
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
     with tempfile.TemporaryDirectory(prefix="anomalib_csflow_") as temporary:
         folder = Path(temporary) / "bundle"
         (folder / "reference").mkdir(parents=True)
-        models = {name: _export(detector, name, folder) for name in formats}
+        models: dict[Format, str] = {name: _export(detector, name, folder) for name in formats if name != "int8"}
         names = []
         for index, image in enumerate(images):
             names.append(f"reference/{index}.png")
             Image.fromarray(image).save(folder / names[-1])
         np.savez(folder / OUTPUTS, **_expected(detector, [folder / name for name in names]))  # type: ignore[arg-type]
         (folder / "requirements.txt").write_text(requirements(formats))
-        described = manifest(detector, Path(checkpoint), models)
+        extra = {}
+        if "int8" in formats:
+            extra["int8"] = _eight_bits(folder, reference)
+            models["int8"] = "model_int8.xml"
+        described = manifest(detector, Path(checkpoint), models) | extra
         kind = "good images" if reference else "test patterns"
         described["reference"] = {"images": names, "outputs": OUTPUTS, "kind": kind, "made_by": "torch, float32"}
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -122,6 +130,12 @@ def _export(detector: FlowDetector, name: Format, folder: Path) -> str:
     if name == "openvino":
         _describe(folder / found[path.suffix])
     return found[path.suffix]
+
+
+def _eight_bits(folder: Path, reference: str | Path | None) -> dict[str, Any]:
+    good = get_image_filenames(reference) if reference else []
+    with contextlib.redirect_stdout(io.StringIO()):  # NNCF's progress
+        return write_int8(folder / "model.xml", folder / "model_int8.xml", good)
 
 
 def _describe(path: Path) -> None:

@@ -95,7 +95,7 @@ def _licence(architecture: str, source: str) -> str:
 def requirements(formats: Sequence[Format]) -> str:
     """What the line needs beside ``pip install --no-deps anomalib-csflow``."""
     lines = ["numpy>=1.26.4", "Pillow"]
-    for name in formats:
+    for name in [name for name in PACKAGES if name in formats]:
         with contextlib.suppress(PackageNotFoundError):
             lines.append(f"{PACKAGES[name]}>={version(PACKAGES[name])}")
     return "\n".join(lines) + "\n"

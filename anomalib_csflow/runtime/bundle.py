@@ -88,8 +88,8 @@ class Bundle:
             raise BundleError(msg)
         return self.folder / name
 
-    def model(self, kind: str) -> Path:
-        """The model for a runtime, ``openvino`` or ``onnx``.
+    def model(self, kind: Format) -> Path:
+        """The model of a format.
 
         Raises:
             BundleError: if the bundle has none for it.
@@ -98,7 +98,7 @@ class Bundle:
         if kind not in models:
             msg = f"the bundle has no model for {kind!r}, only for {', '.join(models)}: make it with --formats {kind}"
             raise BundleError(msg)
-        if kind == "openvino":  # which finds the weights beside the graph by itself
+        if kind != "onnx":  # OpenVINO, which finds the weights beside the graph by itself
             self.file(str(PurePosixPath(models[kind]).with_suffix(".bin")))
         return self.file(models[kind])
 

@@ -52,7 +52,8 @@ class Detector:
     Args:
         path: the bundle, a folder or a zip file; or one that is open.
         runtime: ``openvino`` or ``onnx``; the first that is installed if None.
-        precision: of OpenVINO: ``f32`` for the detector's own scores, ``bf16`` for speed where the processor has it.
+        precision: of OpenVINO: ``f32`` for the detector's own scores; for speed ``bf16`` where the processor has it,
+            or ``int8`` if the bundle has an 8-bit model.
         num_threads: of the processor; the runtime's own choice if None.
         false_alarm_rate: another rate than the one that the bundle was made with: the thresholds move, and
             ``promise`` says what they promise.

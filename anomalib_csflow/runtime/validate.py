@@ -84,6 +84,8 @@ def validate(bundle: Bundle, folder: str | Path | None = None, num_threads: int 
         raise BundleError(msg)
     if cases[0].runtime == "openvino" and _has_bfloat16():
         cases.append(Case("openvino", "bf16"))
+    if cases[0].runtime == "openvino" and "int8" in bundle.manifest["models"]:
+        cases.append(Case("openvino", "int8"))
     images, arrays = bundle.reference()
     expected: Outputs = [
         (
