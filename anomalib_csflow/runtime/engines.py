@@ -14,7 +14,7 @@ Precision = Literal["f32", "bf16", "int8"]
 Outputs = dict[str, NDArray[Any]]
 PACKAGES: dict[str, str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 SIZES_KEPT = 4
-"""Image sizes for which a compiled model is kept: a model of a fixed size is the fastest."""
+"""Image sizes that get a compiled model of their own, the fastest; later ones share one, since compiling takes longer."""
 
 
 class Engine(Protocol):
@@ -45,7 +45,7 @@ class OpenVinoEngine:
         self.openvino = openvino
         self.core = openvino.Core()
         self.path = bundle.model("int8" if precision == "int8" else "openvino")
-        self._compiled: dict[tuple[tuple[int, ...], str], Any] = {}
+        self._compiled: dict[tuple[tuple[int, ...] | None, str], Any] = {}
 
     def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
         """Outputs of a batch."""
@@ -73,13 +73,14 @@ class OpenVinoEngine:
         yield from _finished(busy, requests, len(busy))
 
     def _model(self, shape: tuple[int, ...], hint: str) -> Any:
-        key = (shape, hint)
+        key: tuple[tuple[int, ...] | None, str] = (shape, hint)
+        if key not in self._compiled and len(self._compiled) >= SIZES_KEPT:
+            key = (None, hint)
         if key not in self._compiled:
-            while len(self._compiled) >= SIZES_KEPT:
-                self._compiled.pop(next(iter(self._compiled)))
             try:
                 model = self.core.read_model(self.path)
-                model.reshape(list(shape))
+                if key[0] is not None:
+                    model.reshape(list(shape))
                 self._compiled[key] = self.core.compile_model(model, "CPU", {**self.settings, "PERFORMANCE_HINT": hint})
             except RuntimeError as error:
                 size = f"{shape[2]}x{shape[3]}"
