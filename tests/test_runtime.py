@@ -27,7 +27,7 @@ from conftest import SMALL, folder_arguments
 from PIL import Image
 from scipy import ndimage
 
-from anomalib_csflow import CSFlow, RealNVP, bundling, cli
+from anomalib_csflow import CSFlow, RealNVP, bundling, cli, from_recipe
 from anomalib_csflow.runtime import Bundle, BundleError, Detector
 from anomalib_csflow.runtime.__main__ import main
 from anomalib_csflow.runtime.boxes import boxes
@@ -583,3 +583,30 @@ def test_a_bundle_becomes_a_repository_of_openvino_model_server(made: Path, imag
     model = openvino.Core().compile_model(version / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert len(model.inputs) == 1
     assert model(read(images[0]))["pred_score"].item() == pytest.approx(Detector(made)(images[0]).score, abs=1e-5)
+
+
+# -- real images ------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bottle", "metal_plate", "mtd", "cookie", "fabric", "ball_screw", "pill"])
+def test_no_label_differs_from_torch_on_real_images(name: str, test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "data" / name
+    detector = from_recipe("cs_flow_small", max_steps=100)
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
+    split = {"val_split_mode": "from_train", "val_split_ratio": 0.25}
+    engine.fit(
+        detector,
+        datamodule=Folder(
+            name, root=root, normal_dir="train/good", normal_test_dir="test/good", num_workers=0, **split
+        ),
+    )
+    made = bundling.bundle(engine.best_model_path, tmp_path / "part", formats=["openvino", "onnx"])
+    reference = bundling.load_detector(engine.best_model_path)
+    line = [Detector(made, "openvino"), Detector(made, "onnx")]
+    images = sorted(path for path in (root / "test").rglob("*") if path.is_file())
+    with torch.no_grad():
+        expected = [bool(reference(read_image(path, as_tensor=True)[None]).pred_label) for path in images]
+    assert set(expected) == {True, False}
+    for one in line:
+        assert [one(path).label for path in images] == expected

@@ -14,7 +14,7 @@ Precision = Literal["f32", "bf16", "int8"]
 Outputs = dict[str, NDArray[Any]]
 PACKAGES: dict[str, str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 SIZES_KEPT = 4
-"""Image sizes that get a compiled model of their own, the fastest; later ones share one, since compiling takes longer."""
+"""Image sizes that get a compiled model of their own, the fastest; others share one, since compiling takes long."""
 
 
 class Engine(Protocol):
