@@ -229,6 +229,17 @@ def test_a_bundle_is_not_written_over(checkpoint: Path, made: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bundling_says_that_antialiased_thresholds_do_not_fit(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = torch.load(checkpoint, weights_only=False)
+    written["hyper_parameters"]["antialias"] = written["anomalib_csflow"]["arguments"]["antialias"] = True
+    torch.save(written, tmp_path / "antialiased.ckpt")
+    for path in (checkpoint, tmp_path / "antialiased.ckpt"):
+        cli.main(["bundle", "--ckpt_path", str(path), "--out", str(tmp_path / path.stem)])
+        assert ("the thresholds do not fit" in capsys.readouterr().out) == (path != checkpoint)
+
+
 # -- validate ---------------------------------------------------------------------------------------
 
 
