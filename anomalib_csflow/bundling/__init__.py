@@ -22,7 +22,7 @@ from anomalib_csflow.engine.checkpoints import LeanCheckpoints, read_checkpoint
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.runtime.bundle import FORMATS, MANIFEST, Format, sha256
 
-from .int8 import write_int8
+from .int8 import good_images, write_int8
 from .manifest import manifest, requirements
 
 NUM_REFERENCE = 4
@@ -63,8 +63,7 @@ def bundle(
         out: a folder that does not exist yet, or a .zip file.
         reference: a folder of a few good images, which go into the bundle with the outputs that are expected for
             them; without it, two test patterns do.
-        formats: models to include; ``int8`` is OpenVINO's in 8 bits, which takes good images, see
-            :func:`~anomalib_csflow.bundling.int8.write_int8`.
+        formats: models to include; ``int8`` is OpenVINO's in 8 bits, made from all images of ``reference``.
 
     Returns:
         The folder, or the zip file.
@@ -85,6 +84,7 @@ def bundle(
         raise ValueError(msg)
     if "int8" in formats:
         formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # which it is made from
+    good = good_images(reference) if "int8" in formats else []
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
     with tempfile.TemporaryDirectory(prefix="anomalib_csflow_") as temporary:
@@ -99,7 +99,8 @@ def bundle(
         (folder / "requirements.txt").write_text(requirements(formats))
         extra = {}
         if "int8" in formats:
-            extra["int8"] = _eight_bits(folder, reference)
+            with contextlib.redirect_stdout(io.StringIO()):  # NNCF's progress
+                extra["int8"] = write_int8(folder / "model.xml", folder / "model_int8.xml", good)
             models["int8"] = "model_int8.xml"
         described = manifest(detector, Path(checkpoint), models) | extra
         kind = "good images" if reference else "test patterns"
@@ -130,12 +131,6 @@ def _export(detector: FlowDetector, name: Format, folder: Path) -> str:
     if name == "openvino":
         _describe(folder / found[path.suffix])
     return found[path.suffix]
-
-
-def _eight_bits(folder: Path, reference: str | Path | None) -> dict[str, Any]:
-    good = get_image_filenames(reference) if reference else []
-    with contextlib.redirect_stdout(io.StringIO()):  # NNCF's progress
-        return write_int8(folder / "model.xml", folder / "model_int8.xml", good)
 
 
 def _describe(path: Path) -> None:

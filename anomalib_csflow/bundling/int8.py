@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anomalib.data.utils import get_image_filenames
 from numpy.typing import NDArray
 
 from anomalib_csflow.calibration import Scale
@@ -19,7 +20,20 @@ NUM_FIRST = (1, 12, 24)
 LEAST_IMAGES = 10
 
 
-def write_int8(model: Path, out: Path, files: Sequence[str | Path]) -> dict[str, Any]:
+def good_images(folder: str | Path | None) -> list[Path]:
+    """At most :data:`~anomalib_csflow.engine.quantization.CALIBRATION_IMAGES` images of a folder, evenly chosen.
+
+    Raises:
+        ValueError: if there are too few.
+    """
+    files = [] if folder is None else get_image_filenames(folder)
+    if len(files) < LEAST_IMAGES:
+        msg = f"an 8-bit model needs {LEAST_IMAGES} good images or more, got {len(files)}: give --reference more"
+        raise ValueError(msg)
+    return files[:: -(-len(files) // CALIBRATION_IMAGES)]
+
+
+def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Write the 8-bit form of a model with the fewest products in float that keeps good images' scores.
 
     Every second good image measures the ranges of activations, the others measure the change.
@@ -33,15 +47,11 @@ def write_int8(model: Path, out: Path, files: Sequence[str | Path]) -> dict[str,
         What ``bundle.json`` says of it.
 
     Raises:
-        ValueError: if there are too few images, or the scores change too much.
+        ValueError: if the scores change too much.
     """
     import openvino  # noqa: PLC0415 (optional)
 
-    if len(files) < LEAST_IMAGES:
-        msg = f"an 8-bit model needs {LEAST_IMAGES} good images or more, got {len(files)}: give --reference more"
-        raise ValueError(msg)
-    some = files[:: -(-len(files) // CALIBRATION_IMAGES)]
-    ranges, others = some[::2], some[1::2]
+    ranges, others = files[::2], files[1::2]
     core = openvino.Core()
     expected = _levels(core, core.read_model(model), others)
     shift = float("nan")
@@ -66,7 +76,7 @@ def write_int8(model: Path, out: Path, files: Sequence[str | Path]) -> dict[str,
     raise ValueError(msg)
 
 
-def _levels(core: Any, model: Any, files: Sequence[str | Path]) -> NDArray[np.float64]:
+def _levels(core: Any, model: Any, files: Sequence[Path]) -> NDArray[np.float64]:
     """What decides each image's label: score or highest place of the map, 0 at the threshold, about -1 if good."""
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     levels = []
