@@ -102,11 +102,13 @@ def calibrate(arguments: Sequence[str]) -> None:
 
 def bundle(arguments: Sequence[str]) -> None:
     """Make a bundle of a checkpoint."""
+    from anomalib_csflow.runtime.bundle import FORMATS
+
     parser = argparse.ArgumentParser(prog="anomalib-csflow bundle", description="Make a bundle for the line.")
     parser.add_argument("--ckpt_path", type=Path, required=True, help="the .ckpt file of a fit")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, or a .zip file")
-    parser.add_argument("--reference", type=Path, help="a folder of good images, a few of which go into the bundle")
-    parser.add_argument("--formats", nargs="+", default=["openvino"], choices=["openvino", "onnx"])
+    parser.add_argument("--reference", type=Path, help="good images: a few go into the bundle; for int8, all")
+    parser.add_argument("--formats", nargs="+", default=["openvino"], choices=FORMATS)
     parsed = parser.parse_args(arguments)
     silence_warnings()
     from anomalib_csflow import bundling

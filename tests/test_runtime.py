@@ -1,9 +1,12 @@
 """A bundle: made from a checkpoint, refused when it was changed, the detector's own verdicts without torch."""
 
+import base64
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,15 +27,16 @@ from conftest import SMALL, folder_arguments
 from PIL import Image
 from scipy import ndimage
 
-from anomalib_csflow import CSFlow, RealNVP, bundling, cli
+from anomalib_csflow import CSFlow, RealNVP, bundling, cli, from_recipe
 from anomalib_csflow.runtime import Bundle, BundleError, Detector
 from anomalib_csflow.runtime.__main__ import main
 from anomalib_csflow.runtime.boxes import boxes
-from anomalib_csflow.runtime.detector import ImageError
+from anomalib_csflow.runtime.detector import ImageError, read
 from anomalib_csflow.runtime.validate import Case, Measured, validate
 from anomalib_csflow.runtime.watch import Watch
 
 ROOT = Path(__file__).parents[1]
+JSON = "application/json"
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,7 @@ def test_a_detector_without_maps(image_folder: Path, tmp_path: Path) -> None:
     result = Detector(made)(image_folder / "test/good/000.png")
     assert (result.anomaly_map, result.mask, result.boxes) == (None, None, [])
     assert 0 < result.score < 1
-    assert all(one.keeps(1e-3) for one in validate(made))
+    assert all(one.keeps(1e-3) for one in validate(Bundle(made)))
     assert Bundle(made).manifest["reference"]["kind"] == "test patterns"
 
 
@@ -223,6 +227,17 @@ def test_a_bundle_is_not_written_over(checkpoint: Path, made: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="unknown format 'tensorrt'"):
         bundling.bundle(checkpoint, tmp_path / "x", formats=["tensorrt"])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bundling_says_that_antialiased_thresholds_do_not_fit(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = torch.load(checkpoint, weights_only=False)
+    written["hyper_parameters"]["antialias"] = written["anomalib_csflow"]["arguments"]["antialias"] = True
+    torch.save(written, tmp_path / "antialiased.ckpt")
+    for path in (checkpoint, tmp_path / "antialiased.ckpt"):
+        cli.main(["bundle", "--ckpt_path", str(path), "--out", str(tmp_path / path.stem)])
+        assert ("the thresholds do not fit" in capsys.readouterr().out) == (path != checkpoint)
 
 
 # -- validate ---------------------------------------------------------------------------------------
@@ -467,3 +482,143 @@ def test_a_file_that_is_still_being_written_waits(made: Path, image_folder: Path
     assert watch._arrived(0.05) == []
     time.sleep(0.06)
     assert watch._arrived(0.05) == [path]
+
+
+# -- 8 bits -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight_bit(checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an 8-bit model."""
+    out = tmp_path_factory.mktemp("bundles") / "part_8"
+    arguments = ["--ckpt_path", checkpoint, "--out", out, "--reference", image_folder / "train/good"]
+    cli.main(["bundle", *map(str, arguments), "--formats", "int8"])
+    return out
+
+
+def test_an_8_bit_model_keeps_the_verdicts_on_good_images(eight_bit: Path, image_folder: Path) -> None:
+    manifest = Bundle(eight_bit).manifest
+    jsonschema.validate(manifest, json.loads((ROOT / "anomalib_csflow/runtime/bundle.schema.json").read_text()))
+    assert 0 < manifest["int8"]["shift"] <= manifest["int8"]["max_shift"]
+    assert manifest["models"] == {"openvino": "model.xml", "int8": "model_int8.xml"}
+    sizes = [(eight_bit / name).stat().st_size for name in ("model_int8.bin", "model.bin")]
+    assert sizes[0] < 0.5 * sizes[1]
+    exact, fast = Detector(eight_bit), Detector(eight_bit, precision="int8")
+    units = exact.score_scale.scale.raw if exact.score_scale else None
+    assert units is not None
+    changes = []
+    for path in sorted((image_folder / "train/good").iterdir()):
+        found, wanted = fast(path), exact(path)
+        assert found.label == wanted.label
+        changes.append(abs(float(units(found.score) - units(wanted.score))) / exact.score_scale.scale.width)
+    assert 0 < max(changes) < 2 * manifest["int8"]["max_shift"]  # another model, nearly the same scores
+
+
+def test_validate_shows_8_bits_beside_float(eight_bit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", str(eight_bit), "--threads", "1"])
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows["int8"].endswith("none")
+    assert rows["f32"].endswith("kept")
+
+
+def test_an_8_bit_model_that_loses_too_much_is_refused(
+    checkpoint: Path, made: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anomalib_csflow.bundling import int8
+
+    monkeypatch.setattr(int8, "MAX_SHIFT", 1e-6)
+    monkeypatch.setattr(int8, "NUM_FIRST", (1,))
+    out = ["--out", str(tmp_path / "x"), "--formats", "openvino", "int8"]
+    for folder, message in {
+        "train/good": "in 8 bits, a tenth of the good images",
+        "test/good": "10 good images",
+    }.items():
+        with pytest.raises(SystemExit, match=message) as stopped:
+            cli.main(["bundle", "--ckpt_path", str(checkpoint), *out, "--reference", str(image_folder / folder)])
+        assert "\n" not in str(stopped.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BundleError, match="no model for 'int8', only for openvino, onnx"):
+        Detector(made, precision="int8")
+
+
+# -- servers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of processes")
+def test_litserve_gives_the_same_verdicts(made: Path, images: list[Path]) -> None:
+    pytest.importorskip("litserve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "examples/serve.py", made, "--port", str(port), "--threads", "1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while ask(port, "/health")[0] != 200 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            status, body = ask(port, "/predict", {"image": base64.b64encode(images[-1].read_bytes()).decode()})
+            answer, expected = json.loads(body), Detector(made)(images[-1])
+            assert (status, answer["label"]) == (200, expected.label)
+            assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
+            assert answer["p_value"] == pytest.approx(expected.p_value)
+            assert [tuple(box) for box in answer["boxes"]] == expected.boxes
+            for wrong in ({"image": "bm8gaW1hZ2U="}, {}):
+                status, body = ask(port, "/predict", wrong)
+                assert (status, b"give an image file in base64" in body) == (400, True)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # the server and its workers
+
+
+def ask(port: int, path: str, request: object = None) -> tuple[int, bytes]:
+    """Status and body of an answer; status 0 if nobody listens yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET" if request is None else "POST", path, json.dumps(request), {"Content-Type": JSON})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except OSError:
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def test_a_bundle_becomes_a_repository_of_openvino_model_server(made: Path, images: list[Path], tmp_path: Path) -> None:
+    """The commands in docs/line.md write the layout that the server documents, and its model is whole."""
+    page = (ROOT / "docs/line.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith(("mkdir -p models/", "cp part_42/"))]
+    assert len(commands) == 2
+    (tmp_path / "part_42").symlink_to(made)
+    subprocess.run([shutil.which("sh") or "sh", "-ec", "\n".join(commands)], check=True, cwd=tmp_path)
+    version = tmp_path / "models/part_42/1"
+    assert sorted(path.name for path in version.iterdir()) == ["model.bin", "model.xml"]
+    model = openvino.Core().compile_model(version / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert len(model.inputs) == 1
+    assert model(read(images[0]))["pred_score"].item() == pytest.approx(Detector(made)(images[0]).score, abs=1e-5)
+
+
+# -- real images ------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bottle", "metal_plate", "mtd", "cookie", "fabric", "ball_screw", "pill"])
+def test_no_label_differs_from_torch_on_real_images(name: str, test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "data" / name
+    detector = from_recipe("cs_flow_small", max_steps=100)
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path)
+    split = {"val_split_mode": "from_train", "val_split_ratio": 0.25}
+    engine.fit(
+        detector,
+        datamodule=Folder(
+            name, root=root, normal_dir="train/good", normal_test_dir="test/good", num_workers=0, **split
+        ),
+    )
+    made = bundling.bundle(engine.best_model_path, tmp_path / "part", formats=["openvino", "onnx"])
+    reference = bundling.load_detector(engine.best_model_path)
+    line = [Detector(made, "openvino"), Detector(made, "onnx")]
+    images = sorted(path for path in (root / "test").rglob("*") if path.is_file())
+    with torch.no_grad():
+        expected = [bool(reference(read_image(path, as_tensor=True)[None]).pred_label) for path in images]
+    assert set(expected) == {True, False}
+    for one in line:
+        assert [one(path).label for path in images] == expected

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
 
-CALIBRATION_IMAGES = 300
-"""Number of images used to measure the ranges of activations for 8-bit models: NNCF's default maximum."""
+from .quantization import CALIBRATION_IMAGES, quantized
 
 
 class FlowExports(ExportMixin, LightningModule):
@@ -79,14 +78,12 @@ class FlowExports(ExportMixin, LightningModule):
         """Make an 8-bit model; overrides anomalib's step of this name.
 
         anomalib calibrates with validation images, which users who only have good images may not have, and at the
-        files' own sizes, which a model of a fixed size refuses. This calibrates with training images.
-        Latents and scores stay in float: ranges measured on good images would clip those of defects.
+        files' own sizes, which a model of a fixed size refuses. This calibrates with training images, and leaves
+        in float what :func:`~.quantization.float_operations` names.
 
         Raises:
             ValueError: if there is no datamodule.
         """
-        import nncf  # noqa: PLC0415 (seconds, and optional)
-
         if datamodule is None:
             msg = "INT8_PTQ measures activations on training images: give the export a datamodule (--data)"
             raise ValueError(msg)
@@ -100,35 +97,4 @@ class FlowExports(ExportMixin, LightningModule):
             return (resize(image, size, antialias=False) if size else image)[None].numpy()
 
         order = RandomSampler(range(len(dataset)), generator=torch.Generator().manual_seed(0))
-        indices = list(islice(order, CALIBRATION_IMAGES))
-        return nncf.quantize(
-            model,
-            nncf.Dataset(indices, read),
-            subset_size=len(indices),
-            ignored_scope=nncf.IgnoredScope(names=float_operations(model), validate=False),
-        )
-
-
-PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
-FLOW = "model.flow."
-"""Prefix of the names of the flow's parameters, in torch and in exported graphs."""
-
-
-def float_operations(model: Any) -> list[str]:
-    """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
-
-    All except the products, and except what feeds the backbone's products: activations and residual sums between them.
-    """
-    quantized: set[str] = set()
-    operations = model.get_ordered_ops()
-    for operation in reversed(operations):
-        inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
-        consumers = {t.get_node().get_friendly_name() for o in operation.outputs() for t in o.get_target_inputs()}
-        is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
-        if (operation.get_type_name() in PRODUCTS and not is_flow) or consumers & quantized:
-            quantized.add(operation.get_friendly_name())
-    for operation in operations:  # but not what feeds the flow's products: that becomes the latents
-        if operation.get_type_name() in PRODUCTS:
-            quantized.add(operation.get_friendly_name())
-    rest = (o for o in operations if o.get_type_name() not in {"Constant", "Parameter", "Result"})
-    return [o.get_friendly_name() for o in rest if o.get_friendly_name() not in quantized]
+        return quantized(model, [*islice(order, CALIBRATION_IMAGES)], read)

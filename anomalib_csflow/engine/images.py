@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_csflow.features import weights
+from anomalib_csflow.runtime.detector import WIDE_MODES
 
 MANY = 500  # from this number of files on, the check takes seconds and shows its progress
-WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # modes that anomalib's reader clips at 255
 
 
 @dataclass(frozen=True)

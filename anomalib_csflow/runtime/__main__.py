@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from .bundle import Bundle, BundleError
 from .detector import Detector
-from .engines import PACKAGES
+from .engines import PACKAGES, Precision
 from .validate import table, validate
 from .watch import Watch
 
@@ -17,8 +18,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
     parsed = parser(program).parse_args(arguments)
     try:
         if parsed.command == "validate":
-            measured = validate(parsed.bundle, parsed.images, parsed.threads)
-            tolerance = Bundle(parsed.bundle).manifest["tolerance"]
+            bundle = Bundle(parsed.bundle)
+            measured = validate(bundle, parsed.images, parsed.threads)
+            tolerance = bundle.manifest["tolerance"]
             print(table(measured, tolerance))
             broken = [str(one.case) for one in measured if not one.keeps(tolerance)]
             if broken:
@@ -50,7 +52,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     line.add_argument("--folder", type=Path, required=True, help="where images arrive")
     line.add_argument("--out", type=Path, default=Path("results"), help="for the record and the pictures of rejects")
     line.add_argument("--runtime", choices=list(PACKAGES), help="default: the first that is installed")
-    line.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="of OpenVINO")
+    line.add_argument("--precision", choices=get_args(Precision), default="f32", help="of OpenVINO")
     line.add_argument("--threads", type=int, help="of the processor")
     line.add_argument("--false_alarm_rate", type=float, help="another rate than the bundle's: the threshold moves")
     line.add_argument("--settle", type=float, default=0.5, help="seconds for which a file must not have changed")

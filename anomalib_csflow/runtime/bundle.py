@@ -11,7 +11,7 @@ import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from anomalib_csflow.calibration import Scale, p_values
 FORMAT = "anomalib-csflow-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
+Format = Literal["openvino", "int8", "onnx"]
+"""Models that a bundle may hold; ``int8`` is OpenVINO's in 8 bits."""
+FORMATS: tuple[Format, ...] = get_args(Format)
 REQUIRED = ("detector", "input", "calibration", "models", "reference", "tolerance", "files")
 
 
@@ -85,8 +88,8 @@ class Bundle:
             raise BundleError(msg)
         return self.folder / name
 
-    def model(self, kind: str) -> Path:
-        """The model for a runtime, ``openvino`` or ``onnx``.
+    def model(self, kind: Format) -> Path:
+        """The model of a format.
 
         Raises:
             BundleError: if the bundle has none for it.
@@ -95,7 +98,7 @@ class Bundle:
         if kind not in models:
             msg = f"the bundle has no model for {kind!r}, only for {', '.join(models)}: make it with --formats {kind}"
             raise BundleError(msg)
-        if kind == "openvino":  # which finds the weights beside the graph by itself
+        if kind != "onnx":  # OpenVINO, which finds the weights beside the graph by itself
             self.file(str(PurePosixPath(models[kind]).with_suffix(".bin")))
         return self.file(models[kind])
 

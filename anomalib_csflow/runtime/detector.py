@@ -16,6 +16,7 @@ from .engines import Outputs, Precision, Runtime, open_engine
 
 AnyImage = str | Path | Image.Image | NDArray[np.uint8]
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+"""Pillow's modes of more than 8 bits, which ``convert`` and anomalib's reader clip at 255."""
 
 
 class ImageError(ValueError):
@@ -49,9 +50,10 @@ class Detector:
     """Judges images with a bundle's model.
 
     Args:
-        path: the bundle, a folder or a zip file.
+        path: the bundle, a folder or a zip file; or one that is open.
         runtime: ``openvino`` or ``onnx``; the first that is installed if None.
-        precision: of OpenVINO: ``f32`` for the detector's own scores, ``bf16`` for speed where the processor has it.
+        precision: of OpenVINO: ``f32`` for the detector's own scores; for speed ``bf16`` where the processor has it,
+            or ``int8`` if the bundle has an 8-bit model.
         num_threads: of the processor; the runtime's own choice if None.
         false_alarm_rate: another rate than the one that the bundle was made with: the thresholds move, and
             ``promise`` says what they promise.
@@ -67,13 +69,13 @@ class Detector:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Bundle,
         runtime: Runtime | None = None,
         precision: Precision = "f32",
         num_threads: int | None = None,
         false_alarm_rate: float | None = None,
     ) -> None:
-        self.bundle = Bundle(path)
+        self.bundle = path if isinstance(path, Bundle) else Bundle(path)
         self.engine = open_engine(self.bundle, runtime, precision, num_threads)
         self.score_scale, self.map_scale = self.bundle.scale("score"), self.bundle.scale("map")
         self.promise: str | None = self.bundle.manifest["calibration"]["sentence"]

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from .bundle import Bundle, BundleError
 
 Runtime = Literal["openvino", "onnx"]
-Precision = Literal["f32", "bf16"]
+Precision = Literal["f32", "bf16", "int8"]
 Outputs = dict[str, NDArray[Any]]
 PACKAGES: dict[str, str] = {"openvino": "openvino", "onnx": "onnxruntime"}
 SIZES_KEPT = 4
-"""Image sizes for which a compiled model is kept: a model of a fixed size is the fastest."""
+"""Image sizes that get a compiled model of their own, the fastest; others share one, since compiling takes long."""
 
 
 class Engine(Protocol):
@@ -32,20 +32,20 @@ class OpenVinoEngine:
 
     Args:
         bundle: with an OpenVINO model.
-        precision: ``f32``, which gives the detector's own scores, or ``bf16``.
+        precision: ``f32``, which gives the detector's own scores; ``bf16``; or ``int8``, the bundle's 8-bit model.
         num_threads: of the processor; OpenVINO's own choice if None.
     """
 
     def __init__(self, bundle: Bundle, precision: Precision = "f32", num_threads: int | None = None) -> None:
         import openvino  # noqa: PLC0415 (optional)
 
-        self.settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        self.settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
         if num_threads is not None:
             self.settings["INFERENCE_NUM_THREADS"] = num_threads
         self.openvino = openvino
         self.core = openvino.Core()
-        self.path = bundle.model("openvino")
-        self._compiled: dict[tuple[tuple[int, ...], str], Any] = {}
+        self.path = bundle.model("int8" if precision == "int8" else "openvino")
+        self._compiled: dict[tuple[tuple[int, ...] | None, str], Any] = {}
 
     def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
         """Outputs of a batch."""
@@ -73,13 +73,14 @@ class OpenVinoEngine:
         yield from _finished(busy, requests, len(busy))
 
     def _model(self, shape: tuple[int, ...], hint: str) -> Any:
-        key = (shape, hint)
+        key: tuple[tuple[int, ...] | None, str] = (shape, hint)
+        if key not in self._compiled and len(self._compiled) >= SIZES_KEPT:
+            key = (None, hint)
         if key not in self._compiled:
-            while len(self._compiled) >= SIZES_KEPT:
-                self._compiled.pop(next(iter(self._compiled)))
             try:
                 model = self.core.read_model(self.path)
-                model.reshape(list(shape))
+                if key[0] is not None:
+                    model.reshape(list(shape))
                 self._compiled[key] = self.core.compile_model(model, "CPU", {**self.settings, "PERFORMANCE_HINT": hint})
             except RuntimeError as error:
                 size = f"{shape[2]}x{shape[3]}"
@@ -135,7 +136,8 @@ def open_engine(bundle: Bundle, runtime: Runtime | None, precision: Precision, n
     usable = installed(bundle)
     chosen = runtime or next(iter(usable), None)
     if chosen is None or find_spec(PACKAGES[chosen]) is None:
-        wanted = " or ".join(PACKAGES[name] for name in ([chosen] if chosen else bundle.manifest["models"]))
+        names = [chosen] if chosen else [name for name in PACKAGES if name in bundle.manifest["models"]]
+        wanted = " or ".join(PACKAGES[name] for name in names)
         msg = f"no runtime for this bundle is installed: pip install {wanted}"
         raise BundleError(msg)
     if chosen == "onnx":

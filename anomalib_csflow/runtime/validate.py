@@ -68,23 +68,24 @@ class Measured:
 Outputs = list[tuple[float, bool | None, NDArray[np.float32] | None]]
 
 
-def validate(path: str | Path, folder: str | Path | None = None, num_threads: int | None = None) -> list[Measured]:
+def validate(bundle: Bundle, folder: str | Path | None = None, num_threads: int | None = None) -> list[Measured]:
     """Run each installed runtime on the reference images, and on a folder's images if one is given.
 
     On the reference images, outputs are compared with those of torch that the bundle contains; on others, with
     those of the first runtime in float32.
 
     Raises:
-        BundleError: if the bundle is damaged, or no runtime is installed.
-        FileNotFoundError: if there is no bundle or no folder.
+        BundleError: if no runtime is installed.
+        FileNotFoundError: if there is no folder.
     """
-    bundle = Bundle(path)
     cases = [Case(runtime) for runtime in installed(bundle)]
     if not cases:
         msg = "no runtime for this bundle is installed: pip install openvino, or onnxruntime"
         raise BundleError(msg)
     if cases[0].runtime == "openvino" and _has_bfloat16():
         cases.append(Case("openvino", "bf16"))
+    if cases[0].runtime == "openvino" and "int8" in bundle.manifest["models"]:
+        cases.append(Case("openvino", "int8"))
     images, arrays = bundle.reference()
     expected: Outputs = [
         (
@@ -97,7 +98,7 @@ def validate(path: str | Path, folder: str | Path | None = None, num_threads: in
     others = find_images(folder) if folder is not None else []
     measured, first = [], None
     for case in cases:  # each in a process of its own, whose memory is its alone
-        found, outputs = _in_process(path, case, [*images, *others], num_threads)
+        found, outputs = _in_process(bundle, case, [*images, *others], num_threads)
         if outputs:
             first = first or outputs
             wanted = expected + first[len(images) :]
@@ -106,16 +107,16 @@ def validate(path: str | Path, folder: str | Path | None = None, num_threads: in
     return measured
 
 
-def _in_process(path: str | Path, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:
+def _in_process(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_run, (str(path), case, [str(image) for image in images], threads))
+        return pool.apply(_run, (bundle, case, images, threads))
 
 
-def _run(path: str, case: Case, images: list[str], threads: int | None) -> tuple[Measured, Outputs]:
+def _run(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:
     """Judge the images one by one."""
     try:
-        detector = Detector(path, case.runtime, case.precision, threads)
+        detector = Detector(bundle, case.runtime, case.precision, threads)
         outputs: Outputs = []
         for image in images:
             result = detector(image)

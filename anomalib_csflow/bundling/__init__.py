@@ -7,36 +7,25 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from anomalib.data.utils import get_image_filenames, read_image
 from numpy.typing import NDArray
 from PIL import Image
 
 import anomalib_csflow
-from anomalib_csflow.engine.checkpoints import model_of
+from anomalib_csflow.engine.checkpoint_files import CHECKPOINT_KEY
+from anomalib_csflow.engine.checkpoints import LeanCheckpoints, read_checkpoint
 from anomalib_csflow.engine.detector import FlowDetector
-from anomalib_csflow.engine.good_images import GoodScale
-from anomalib_csflow.engine.post_processing import ConformalPostProcessor
-from anomalib_csflow.features import weights
-from anomalib_csflow.runtime.bundle import FORMAT, MANIFEST, VERSION, sha256
-from anomalib_csflow.runtime.engines import PACKAGES
+from anomalib_csflow.runtime.bundle import FORMATS, MANIFEST, Format, sha256
 
-Format = Literal["openvino", "onnx"]
-FORMATS: tuple[Format, ...] = ("openvino", "onnx")
-TOLERANCE = 1e-3
-"""Largest difference of a calibrated score or map that a runtime in float32 may have from torch's."""
+from .int8 import good_images, write_int8
+from .manifest import manifest, requirements
+
 NUM_REFERENCE = 4
-ANTIALIASED = (
-    "The detector was fitted with antialias=True, and exported models resize without antialiasing: for images larger "
-    "than the model's input, the thresholds do not fit. Fit it with antialias=False, as the small recipes do"
-)
 OUTPUTS = "reference/outputs.npz"
 MODEL_INFO = {
     "model_type": "AnomalyDetection",
@@ -56,9 +45,9 @@ def load_detector(checkpoint: str | Path) -> FlowDetector:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is not a checkpoint of this package.
     """
-    name = model_of(checkpoint)["class_path"].rpartition(".")[2]
-    detector: FlowDetector = getattr(anomalib_csflow, name).load_from_checkpoint(checkpoint, map_location="cpu")
-    return detector.eval()
+    detector = getattr(anomalib_csflow, read_checkpoint(checkpoint)[CHECKPOINT_KEY]["detector"])
+    loaded: FlowDetector = super(LeanCheckpoints, detector).load_from_checkpoint(checkpoint, map_location="cpu")
+    return loaded.eval()  # and not LeanCheckpoints', which would check all once more
 
 
 def bundle(
@@ -74,7 +63,7 @@ def bundle(
         out: a folder that does not exist yet, or a .zip file.
         reference: a folder of a few good images, which go into the bundle with the outputs that are expected for
             them; without it, two test patterns do.
-        formats: models to include.
+        formats: models to include; ``int8`` is OpenVINO's in 8 bits, made from all images of ``reference``.
 
     Returns:
         The folder, or the zip file.
@@ -83,7 +72,7 @@ def bundle(
         FileExistsError: if there is something at ``out``.
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
-        ValueError: for an unknown format or a folder without images.
+        ValueError: for an unknown format, a folder without images, or an 8-bit model that loses too much.
     """
     out = Path(out)
     if out.exists():
@@ -93,27 +82,35 @@ def bundle(
     if unknown or not formats:
         msg = f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}" if unknown else "give a format"
         raise ValueError(msg)
+    if "int8" in formats:
+        formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # which it is made from
+    good = good_images(reference) if "int8" in formats else []
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
     with tempfile.TemporaryDirectory(prefix="anomalib_csflow_") as temporary:
         folder = Path(temporary) / "bundle"
         (folder / "reference").mkdir(parents=True)
-        models = {name: _export(detector, name, folder) for name in formats}
+        models: dict[Format, str] = {name: _export(detector, name, folder) for name in formats if name != "int8"}
         names = []
         for index, image in enumerate(images):
             names.append(f"reference/{index}.png")
             Image.fromarray(image).save(folder / names[-1])
         np.savez(folder / OUTPUTS, **_expected(detector, [folder / name for name in names]))  # type: ignore[arg-type]
-        (folder / "requirements.txt").write_text(_requirements(formats))
-        manifest = _manifest(detector, Path(checkpoint), models)
+        (folder / "requirements.txt").write_text(requirements(formats))
+        extra = {}
+        if "int8" in formats:
+            with contextlib.redirect_stdout(io.StringIO()):  # NNCF's progress
+                extra["int8"] = write_int8(folder / "model.xml", folder / "model_int8.xml", good)
+            models["int8"] = "model_int8.xml"
+        described = manifest(detector, Path(checkpoint), models) | extra
         kind = "good images" if reference else "test patterns"
-        manifest["reference"] = {"images": names, "outputs": OUTPUTS, "kind": kind, "made_by": "torch, float32"}
+        described["reference"] = {"images": names, "outputs": OUTPUTS, "kind": kind, "made_by": "torch, float32"}
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        manifest["files"] = {
+        described["files"] = {
             path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
             for path in files
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".zip":
             _zip(folder, out)
@@ -172,83 +169,6 @@ def _expected(detector: FlowDetector, files: Sequence[Path]) -> dict[str, NDArra
             if value is not None:
                 found.setdefault(name, []).append(value.cpu().numpy().squeeze())
     return {name: np.stack(values) for name, values in found.items()}
-
-
-def _manifest(detector: FlowDetector, checkpoint: Path, models: dict[Format, str]) -> dict[str, Any]:
-    """Everything but the reference and the list of files."""
-    options, processor = detector.image_options, detector.post_processor
-    is_conformal = isinstance(processor, ConformalPostProcessor)
-    made = processor.made if isinstance(processor, ConformalPostProcessor) else None
-    scales = (processor.score_scale, processor.map_scale) if isinstance(processor, ConformalPostProcessor) else ()
-    score, of_map = (_scale(scale) for scale in scales) if is_conformal else (None, None)
-    architecture = options.backbone.partition(".")[0]
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "made_with": _versions(),
-        "detector": {"class": type(detector).__name__, "arguments": dict(detector.hparams)},
-        "checkpoint_sha256": sha256(checkpoint),
-        "backbone": {
-            "name": options.backbone,
-            "weights": options.weights,
-            "sha256": weights.fingerprint(detector.model.features.backbone),
-            "licence": _licence(architecture, options.weights),
-        },
-        "input": {
-            "layout": "NCHW",
-            "colour": "RGB",
-            "dtype": "float32",
-            "range": [0, 1],
-            "size": "any",
-            "resized_to": options.size,
-            "resize": "bilinear, without antialiasing, inside the model",
-        },
-        "calibration": {
-            "threshold": 0.5,
-            "promise": None if made is None else asdict(made),
-            "sentence": None if made is None else str(made),
-            "score": score,
-            "map": of_map,
-        },
-        "models": dict(models),
-        "tolerance": TOLERANCE,
-        "notes": [ANTIALIASED] if options.antialias else [],
-    }
-
-
-def _scale(scale: GoodScale) -> dict[str, Any] | None:
-    """A calibrated scale as plain numbers."""
-    if not scale.is_calibrated:
-        return None
-    good = [float(value) for value in scale.good.sort().values]
-    return {"threshold": float(scale.threshold), "width": float(scale.width), "good": good}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("anomalib-csflow", "anomalib", "torch", "timm", "openvino", "onnx"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _licence(architecture: str, source: str) -> str:
-    """Licence of the backbone's weights, as far as it is known."""
-    if source in {"hub", "package"} and timm.is_model(architecture):
-        configured = timm.models.get_pretrained_cfg(architecture)
-        found = getattr(configured, "license", None)
-        if found:
-            return str(found)
-    return "unknown"
-
-
-def _requirements(formats: Sequence[Format]) -> str:
-    """What the line needs beside ``pip install --no-deps anomalib-csflow``."""
-    lines = ["numpy>=1.26.4", "Pillow"]
-    for name in formats:
-        with contextlib.suppress(PackageNotFoundError):
-            lines.append(f"{PACKAGES[name]}>={version(PACKAGES[name])}")
-    return "\n".join(lines) + "\n"
 
 
 def _zip(folder: Path, out: Path) -> None:

@@ -1,0 +1,62 @@
+"""8-bit models, and what in them stays in float."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+CALIBRATION_IMAGES = 300
+"""Number of images used to measure the ranges of activations: NNCF's default maximum."""
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+FLOW = "model.flow."
+"""Prefix of the names of the flow's parameters, in torch and in exported graphs."""
+Item = TypeVar("Item")
+
+
+def quantized(model: Any, items: Sequence[Item], read: Callable[[Item], Any], num_first: int = 1) -> Any:
+    """The model in 8 bits, weights and activations.
+
+    Args:
+        model: OpenVINO's, in float.
+        items: what stands for each good image, on which the ranges of activations are measured.
+        read: gives an item's image, as the model takes it.
+        num_first: see :func:`float_operations`.
+    """
+    import nncf  # noqa: PLC0415 (seconds, and optional)
+
+    return nncf.quantize(
+        model,
+        nncf.Dataset(items, read),
+        subset_size=len(items),
+        ignored_scope=nncf.IgnoredScope(names=float_operations(model, num_first), validate=False),
+    )
+
+
+def float_operations(model: Any, num_first: int = 1) -> list[str]:
+    """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
+
+    All except the products, and except what feeds the backbone's products: activations and residual sums between
+    them. Latents and scores are in float, because ranges measured on good images would clip those of defects. So are
+    two kinds of products which take little of the time: depthwise convolutions, whose channels have ranges of their
+    own, and the first products, whose weights NNCF gives 7 bits.
+
+    Args:
+        model: OpenVINO's.
+        num_first: number of the backbone's first products to leave in float.
+    """
+    eight_bit: set[str] = set()
+    backbone: list[tuple[str, str]] = []  # names and types of its products, the last first
+    operations = [(o, o.get_friendly_name(), o.get_type_name()) for o in model.get_ordered_ops()]
+    for operation, name, kind in reversed(operations):
+        inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
+        consumers = {t.get_node().get_friendly_name() for o in operation.outputs() for t in o.get_target_inputs()}
+        is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
+        if kind in PRODUCTS and not is_flow:
+            backbone.append((name, kind))
+            eight_bit.add(name)
+        elif consumers & eight_bit:
+            eight_bit.add(name)
+    # but not what feeds the flow's products: that becomes the latents
+    eight_bit |= {name for _, name, kind in operations if kind in PRODUCTS}
+    eight_bit -= {name for name, kind in backbone if kind == "GroupConvolution"}
+    eight_bit -= {name for name, _ in backbone[max(len(backbone) - num_first, 0) :]}
+    fixed = {"Constant", "Parameter", "Result"}
+    return [name for _, name, kind in operations if kind not in fixed and name not in eight_bit]
