@@ -33,6 +33,7 @@ from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 from .roles import SeenImages
+from .step_images import StepImages
 from .visualizer import CalibratedVisualizer
 
 
@@ -186,7 +187,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's components, notes of what was seen, and a feature cache unless the trainer has one already."""
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()])]
+        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()]), StepImages()]
 
     # -- features ---------------------------------------------------------------------------------
 
