@@ -16,11 +16,10 @@ MOST_VALIDATED = 10_000
 class StepImages(Callback):
     """Leaves a fit by ``max_steps`` as many images as its batches hold, if there are more; gives all back afterwards.
 
-    At most :data:`MOST_VALIDATED` are left to validate on. They are drawn by digests of their paths: at random, but alike
-    in every process and every fit, which therefore find one another's cached features; more steps draw those of fewer
-    steps and others. All that a fit does once for
-    each image, from checking its file to the last score, then takes a time and a memory that do not depend on how many
-    images there are.
+    At most :data:`MOST_VALIDATED` are left to validate on. They are drawn by digests of their paths: at random, but
+    alike in every process and every fit, which therefore find one another's cached features; more steps draw those of
+    fewer steps and others. All that a fit does once for each image, from checking its file to the last score, then
+    takes a time and a memory that do not depend on how many images there are.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,8 @@ class StepImages(Callback):
         if stage != "fit" or datamodule is None:
             return
         self._whole = {name: data for name in NAMES if (data := getattr(datamodule, name, None)) is not None}
-        steps = pl_module.training_options.max_steps  # type: ignore[union-attr] # a detector's
+        detector: Any = pl_module
+        steps = detector.training_options.max_steps
         if not steps:
             return
         most = {"train_data": batches(trainer, steps) * datamodule.train_batch_size, "val_data": MOST_VALIDATED}
