@@ -191,6 +191,9 @@ def fit_all(
     if "model" not in values:
         msg = f"the recipe {recipe} is of no detector"
         raise ValueError(msg)
+    if not root.is_dir():
+        msg = f"there is no folder {root}"
+        raise FileNotFoundError(msg)
     parts = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not parts or (root / "train" / "good").is_dir():
         msg = f"{root} needs a folder for each part, with its good images in it, or in its folder good or train/good"
@@ -281,7 +284,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         cluster = jobs.Cluster(given.cluster, given.jobs, named)
         fits = fit_all(given.config, given.root, given.out, given.seeds, cluster, options)
-    except (FileNotFoundError, ModuleNotFoundError, NotADirectoryError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command continues from here")
