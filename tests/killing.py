@@ -4,20 +4,28 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 
-def end_killed_at_random(command: list[str], jobs: Path, generator: np.random.Generator, longest: float) -> int:
+def end_killed_at_random(
+    command: list[str],
+    jobs: Path,
+    generator: np.random.Generator,
+    longest: float,
+    is_done: Callable[[], bool] = lambda: True,
+) -> int:
     """Start a command again and again, and kill it or one of its jobs after a random time; returns the number of kills.
 
     Args:
         command: that continues where it was stopped.
         jobs: the folder of submitit's files.
         generator: of the times, and of what is killed.
-        longest: seconds until a kill, at most; twice as long after each one that came too early for any progress.
+        longest: seconds until the first kill, at most; each time a third more, so that there is an end.
+        is_done: whether a command that ended well has done everything.
     """
     kills = 0
     while True:
@@ -38,6 +46,6 @@ def end_killed_at_random(command: list[str], jobs: Path, generator: np.random.Ge
                     started.communicate()
                 time.sleep(0.1)
             else:
-                if started.returncode == 0:
+                if started.returncode == 0 and is_done():
                     return kills
                 assert kills, output

@@ -16,6 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import constants
+from killing import end_killed_at_random
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
@@ -142,6 +143,32 @@ def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path:
     other = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
     assert other.returncode == 1
     assert other.stderr.strip().splitlines()[-1].endswith("choose another --out, or move that folder away")
+
+
+@pytest.mark.long
+def test_eight_runs_killed_at_random_end_in_the_same_table(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    shutil.copytree(mvtec_layout / "textures", mvtec_layout / "copies")
+    detectors = [REAL_NVP | {"name": "A"}, REAL_NVP | {"name": "B", "epochs": 3}]
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump({"detectors": detectors, "shared": SHARED, "seeds": [0, 1], "accelerator": "cpu"}))
+    command = [sys.executable, "-W", "ignore", "-m", "anomalib_csflow.benchmark", f"--config={path}"]
+    command += [f"--data={mvtec_layout}", "--jobs=2"]
+    outs = [tmp_path / "whole", tmp_path / "killed"]
+    subprocess.run([*command, f"--out={outs[0]}"], check=True, capture_output=True)
+    broken, jobs = [*command, f"--out={outs[1]}"], outs[1] / "jobs"
+    generator = np.random.default_rng(0)
+    assert end_killed_at_random(broken, jobs, generator, 60, is_done=lambda: no_run_failed(outs[1])) > 0
+    tables = [pd.read_csv(out / "results.csv") for out in outs]
+    same = ["detector", "data", "seed", "status", "epochs", "steps", "train_images", "parameters"]
+    assert len(tables[0]) == 8
+    pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
+    figures = [name for name in tables[0].columns if name.startswith(("image_", "pixel_"))]
+    pd.testing.assert_frame_equal(tables[0][figures], tables[1][figures], atol=1e-3)
+
+
+def no_run_failed(out: Path) -> bool:
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return all(row["status"] == "done" for row in rows)
 
 
 def one_slug(out: Path, name: str) -> str:
