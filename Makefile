@@ -44,16 +44,16 @@ long: $(VENV)/.installed-dev
 
 floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
-	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,onnx,offline,demo,benchmark,dev]'
+	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,onnx,offline,demo,cluster,benchmark,dev]'
 	$(VENV)-floors/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,benchmark]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,offline,demo,cluster,benchmark]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,onnx,offline,demo,benchmark,docs,dev]'
+	$(BIN)/pip install $(PIP_ARGS) -c requirements/constraints.txt -e '.[openvino,onnx,offline,demo,cluster,benchmark,docs,dev]'
 	touch $@

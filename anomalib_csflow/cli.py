@@ -2,7 +2,8 @@
 
 Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. ``test``,
 ``predict`` and ``export`` need no ``--model`` beside ``--ckpt_path``. This package's own commands: ``recipe [NAME]``,
-``install-weights NAME``, ``calibrate CHECKPOINT --good FOLDER``, ``bundle``, ``validate BUNDLE`` and ``watch BUNDLE``.
+``install-weights NAME``, ``fit-all``, ``calibrate CHECKPOINT --good FOLDER``, ``bundle``, ``validate BUNDLE`` and
+``watch BUNDLE``.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .recipe_files import find_recipes, recipe_path
 
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         calibrate(rest)
     elif command == "bundle":
         bundle(rest)
+    elif command == "fit-all":
+        from anomalib_csflow.fit_all import main as fit_all
+
+        fit_all(rest)
     elif command == "watch" or (command == "validate" and rest[:1] and not rest[0].startswith("-")):
         from anomalib_csflow.runtime.__main__ import main as run  # anomalib has a validate too, without a position
 
@@ -149,8 +155,8 @@ def from_checkpoint(arguments: list[str]) -> Iterator[list[str]]:
         yield [arguments[0], "--config", str(config), *arguments[1:]]
 
 
-def anomalib(arguments: Sequence[str]) -> None:
-    """Run anomalib's command line, with this package's detectors imported."""
+def anomalib(arguments: Sequence[str]) -> Any:
+    """Run anomalib's command line, with this package's detectors and the seed that is asked for."""
     silence_warnings()
     import anomalib_csflow
 
@@ -158,10 +164,20 @@ def anomalib(arguments: Sequence[str]) -> None:
         getattr(anomalib_csflow, name)
     from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
+    from lightning.pytorch import seed_everything
+
+    class SeededCLI(AnomalibCLI):
+        """anomalib's own reads ``seed_everything`` and does nothing with it."""
+
+        def before_instantiate_classes(self) -> None:
+            super().before_instantiate_classes()
+            seed = self.config[self.subcommand].get("seed_everything")
+            if isinstance(seed, int) and not isinstance(seed, bool):  # True asks for a random seed
+                seed_everything(seed, workers=True)
 
     configure_logger()
     silence_logs()
-    AnomalibCLI(arguments)
+    return SeededCLI(arguments)
 
 
 def silence_warnings() -> None:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import constants
+from killing import end_killed_at_random
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
@@ -24,7 +25,7 @@ from anomalib_csflow import demo
 from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import results
 from anomalib_csflow.benchmark.rows import Row, write_json
-from anomalib_csflow.benchmark.run import accuracy, build, config, execute, plan, samples, stage, timing
+from anomalib_csflow.benchmark.run import accuracy, build, config, execute, job, plan, samples, stage, timing
 
 SHARED = {"backbone": "tf_efficientnet_lite0", "weights": "package", "image_size": 96, "antialias": False}
 REAL_NVP = {
@@ -142,6 +143,32 @@ def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path:
     other = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
     assert other.returncode == 1
     assert other.stderr.strip().splitlines()[-1].endswith("choose another --out, or move that folder away")
+
+
+@pytest.mark.long
+def test_eight_runs_killed_at_random_end_in_the_same_table(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    shutil.copytree(mvtec_layout / "textures", mvtec_layout / "copies")
+    detectors = [REAL_NVP | {"name": "A"}, REAL_NVP | {"name": "B", "epochs": 3}]
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump({"detectors": detectors, "shared": SHARED, "seeds": [0, 1], "accelerator": "cpu"}))
+    command = [sys.executable, "-W", "ignore", "-m", "anomalib_csflow.benchmark", f"--config={path}"]
+    command += [f"--data={mvtec_layout}", "--jobs=2"]
+    outs = [tmp_path / "whole", tmp_path / "killed"]
+    subprocess.run([*command, f"--out={outs[0]}"], check=True, capture_output=True)
+    broken, jobs = [*command, f"--out={outs[1]}"], outs[1] / "jobs"
+    generator = np.random.default_rng(0)
+    assert end_killed_at_random(broken, jobs, generator, 60, is_done=lambda: no_run_failed(outs[1])) > 0
+    tables = [pd.read_csv(out / "results.csv") for out in outs]
+    same = ["detector", "data", "seed", "status", "epochs", "steps", "train_images", "parameters"]
+    assert len(tables[0]) == 8
+    pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
+    figures = [name for name in tables[0].columns if name.startswith(("image_", "pixel_"))]
+    pd.testing.assert_frame_equal(tables[0][figures], tables[1][figures], atol=1e-3)
+
+
+def no_run_failed(out: Path) -> bool:
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return all(row["status"] == "done" for row in rows)
 
 
 def one_slug(out: Path, name: str) -> str:
@@ -456,41 +483,19 @@ def test_a_missing_extra_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch
         command_line.benchmark([], "x", out=tmp_path)
 
 
-def test_an_interrupt_ends_the_run_and_is_no_failure(
-    mvtec_layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started = []
-
-    def interrupted(command: list[str], **options: object) -> subprocess.CompletedProcess:
-        if "stage" not in command[2]:
-            return subprocess.CompletedProcess(command, 0, "", "")  # git's
-        started.append(command)
-        return subprocess.CompletedProcess(command, -2)
-
-    monkeypatch.setattr(execute.subprocess, "run", interrupted)
-    detector, data = config.read_detector(REAL_NVP, Path()), config.read_data(str(mvtec_layout))
-    runs = plan.runs([detector], data, list(range(20)), SHARED, "cpu")
+def test_an_interrupted_stage_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -2))
     with pytest.raises(KeyboardInterrupt):
-        execute.measure_all(runs, tmp_path, {made.slug: 1.0 for made in runs}, {}, Console(quiet=True))
-    assert len(started) < 20
-    assert not list(tmp_path.rglob("result.json"))
-
-
-@pytest.mark.parametrize(("visible", "expected"), [("", "012"), ("4,6,7", "467")])
-def test_each_job_has_a_device(visible: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 3)
-    found = [execute.environment(place, jobs=4)["CUDA_VISIBLE_DEVICES"] for place in range(4)]
-    assert found == [*expected, expected[0]]
+        job._stage("fit", tmp_path)
 
 
 def test_reasons_are_one_sentence(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("Testing\nTraceback:\n  File x\nlightning.fabric.utilities.SomeError: it is wrong\n\n")
-    assert execute._reason(1, log) == "SomeError: it is wrong"
-    assert execute._reason(-9, log) == "killed by SIGKILL (is there enough memory?)"
+    assert job._reason(1, log) == "SomeError: it is wrong"
+    assert job._reason(-9, log) == "killed by SIGKILL (is there enough memory?)"
     log.write_text("no words of Python's\n")
-    assert execute._reason(2, log) == "no words of Python's"
+    assert job._reason(2, log) == "no words of Python's"
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

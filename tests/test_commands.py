@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tomllib
 from anomalib.cli.cli import AnomalibCLI
+from torch.distributed import run
 
 from anomalib_csflow import cli
 from anomalib_csflow.features import weights
@@ -31,7 +32,7 @@ if sys.argv[1:2] == ["recipe"]:
 """
 
 
-OWN = {"bundle", "calibrate", "install-weights", "recipe", "validate", "watch"}
+OWN = {"bundle", "calibrate", "fit-all", "install-weights", "recipe", "validate", "watch"}
 
 
 def blocks() -> dict[str, str]:
@@ -64,7 +65,8 @@ def parse() -> Callable[[list[str]], object]:
 def test_commands(name: str, parse: Callable[[list[str]], object], tmp_path: Path) -> None:
     commands = typed(BLOCKS[name], tmp_path)
     assert commands
-    for program, *arguments in commands:
+    for started, *given in commands:
+        program, *arguments = launched(started, given)
         if program in {"anomalib", "anomalib-csflow"} and arguments[0] not in OWN:
             if program == "anomalib-csflow" and "--ckpt_path" in arguments and "--model" not in arguments:
                 arguments[:1] = [arguments[0], "--model", "anomalib_csflow.CSFlow"]  # the checkpoint's
@@ -87,6 +89,15 @@ def typed(block: str, folder: Path) -> list[list[str]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+def launched(program: str, arguments: list[str]) -> list[str]:
+    """The command that torchrun or srun starts, or the command itself."""
+    if program == "torchrun":
+        read = run.get_args_parser().parse_args(arguments)
+        assert read.no_python
+        return [read.training_script, *read.training_script_args]
+    return arguments[arguments.index("anomalib-csflow") :] if program == "srun" else [program, *arguments]
+
+
 def check_make(arguments: list[str]) -> None:
     subprocess.run(
         [shutil.which("make") or "make", "--dry-run", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
@@ -105,6 +116,9 @@ def check_own(arguments: list[str]) -> None:
         assert set(arguments[1:]) <= set(weights.PACKAGES)
     elif arguments[0] in {"bundle", "calibrate"}:
         with pytest.raises(SystemExit, match="there is no checkpoint at"):  # the arguments themselves are right
+            cli.main(arguments)
+    elif arguments[0] == "fit-all":
+        with pytest.raises(SystemExit, match=r"there is no (folder /path/to/parts|SLURM here)"):
             cli.main(arguments)
     elif arguments[0] in {"validate", "watch"}:
         runtime.parser("anomalib-csflow").parse_args(arguments)
@@ -136,6 +150,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": check_pip,
     "pytest": check_pytest,
     "python": check_python,
+    "srun": check_own,
+    "torchrun": check_own,
 }
 
 

@@ -23,7 +23,7 @@ def fit(images: Path, root: Path, count: int, **options: Any) -> CSFlow:
     (root / "good").mkdir()
     for file in sorted(images.iterdir())[:count]:
         (root / "good" / file.name).symlink_to(file)
-    detector = CSFlow(**OVER_LAYERS, max_steps=2)
+    detector = CSFlow(**OVER_LAYERS, max_steps=4)
     engine = Engine(accelerator="cpu", default_root_dir=root / "results", logger=False)
     arguments = {"name": "few", "root": root, "normal_dir": "good", "num_workers": 0, "train_batch_size": 4}
     engine.fit(detector, datamodule=Folder(**arguments | options))

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.data.datasets import FolderDataset
 from anomalib.data.datasets.base import image
 from anomalib.engine import Engine
 from conftest import FAST_FLOW
 from lightning.pytorch import Callback
 
 from anomalib_csflow import CSFlow, FastFlow, FeatureCache
+from anomalib_csflow.engine import images, roles, step_images
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.engine.providers import RepeatedSet
 
@@ -72,8 +74,8 @@ def test_as_many_steps_as_are_asked_and_a_checkpoint(image_folder: Path, tmp_pat
     assert (steps.steps, engine.trainer.global_step, steps.validations) == (7, 7, int(with_validation))
     assert not isinstance(data.train_data, RepeatedSet)  # given back
     loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
-    images = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(loaded.eval()(images).anomaly_map, detector.eval()(images).anomaly_map)
+    batch = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(batch).anomaly_map, detector.eval()(batch).anomaly_map)
     assert loaded.model.level_scale.is_fitted
 
 
@@ -112,6 +114,48 @@ def test_features_that_are_not_standardized_are_computed_once_too(
     assert len(decoded) <= 12
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_steps_take_no_more_images_than_they_see(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    monkeypatch.setattr(step_images, "MOST_VALIDATED", 2)
+    decoded: list[str] = []
+    for module, name in ((image, "read_image"), (images, "_check_image"), (roles, "_digest")):
+        touch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, *a, t=touch, **o: decoded.append(str(path)) or t(path, *a, **o))
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        detector = CSFlow(**OVER_LAYERS, max_steps=2, post_processor=False)
+        data = folder(image_folder, train_batch_size=2, seed=0)
+        cache = FeatureCache(tmp_path / "cache", max_gb=1.0 if is_kept else 0)
+        engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[cache])
+        engine.fit(detector, datamodule=data)
+        seen.append({Path(path).name for path in decoded})
+        assert len(detector.roles[roles.TRAINED]) == 4
+        assert len(detector.roles[roles.VALIDATED]) == 2
+        assert (len(data.train_data), len(data.val_data)) == (9, 3)  # given back
+    assert len(seen[0]) == 6
+    assert seen[0] == seen[1]  # drawn alike, whatever the seed
+    paths = [str(n) for n in range(1000)]
+    few, more = step_images.drawn(paths, 400), step_images.drawn(paths, 500)
+    assert set(few) < set(more)
+    assert few == sorted(few)
+    assert sum(few) / len(few) == pytest.approx(500, abs=50)  # from the whole folder
+
+
+def test_all_images_are_given_back_after_an_error(image_folder: Path, tmp_path: Path) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=2, post_processor=False)
+    detector.training_step = lambda *_: 1 / 0
+    data = folder(image_folder, train_batch_size=2)
+    for cache in (FeatureCache(tmp_path / "cache"), FeatureCache(max_gb=0)):
+        engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[cache])
+        with pytest.raises(ZeroDivisionError):
+            engine.fit(detector, datamodule=data)
+        assert type(data.train_data) is type(data.val_data) is FolderDataset
+        assert len(data.train_data) == 9
+
+
 def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> None:
     detector = CSFlow(**OVER_LAYERS | {"noise": 0.5}, max_steps=1, post_processor=False)
     fit(detector, folder(image_folder), tmp_path)
@@ -144,15 +188,15 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize("size", [(64, 64), (75, 110), (64, 97)])
 def test_layers_and_image_sizes_in_one_pyramid(size: tuple[int, int]) -> None:
     detector = CSFlow(**OVER_LAYERS | {"num_scales": 2, "noise": 0.0}).eval()
-    images = torch.rand(2, 3, *size)
-    pyramid = detector.model.features(images)
+    batch = torch.rand(2, 3, *size)
+    pyramid = detector.model.features(batch)
     assert [level.shape[1] for level in pyramid] == detector.model.features.channels
     latents, log_det = detector.model.transform(pyramid)
     back, log_det_back = detector.model.flow(latents, rev=True)
     torch.testing.assert_close(log_det, -log_det_back)
     for found, level in zip(back, pyramid, strict=True):
         torch.testing.assert_close(found, level, atol=1e-3, rtol=1e-3)
-    assert detector.model(images).anomaly_map.shape == (2, 1, *size)
+    assert detector.model(batch).anomaly_map.shape == (2, 1, *size)
 
 
 def test_few_good_images_get_thresholds_out_of_fold(
@@ -167,8 +211,8 @@ def test_few_good_images_get_thresholds_out_of_fold(
     assert processor.made.num_images == processor.num_good == 12  # 9 out of fold, 3 of the validation
     loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
     assert str(loaded.post_processor.made) == str(processor.made)
-    images = torch.rand(3, 3, 64, 64)
-    torch.testing.assert_close(loaded.eval()(images).pred_score, detector.eval()(images).pred_score)
+    batch = torch.rand(3, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(batch).pred_score, detector.eval()(batch).pred_score)
 
 
 def test_enough_validation_images_need_no_refit(image_folder: Path, tmp_path: Path) -> None:

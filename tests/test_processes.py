@@ -68,3 +68,25 @@ def test_two_processes_train_what_one_does(name: str, image_folder: Path, tmp_pa
         torch.testing.assert_close(
             two[key], value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda text, k=key: k + text
         )
+
+
+@pytest.mark.long
+def test_torchrun_starts_the_command_line(image_folder: Path, tmp_path: Path) -> None:
+    arguments = {"root": image_folder, "name": "few", "normal_dir": "train/good", "train_batch_size": "2"}
+    options = [f"--data.{name}={value}" for name, value in ({"num_workers": "0"} | arguments).items()]
+    model = {"max_steps": "3", "image_size": "64", "backbone": "tf_efficientnet_lite0"}
+    options += [f"--model.{name}={value}" for name, value in model.items()]
+    options += [  # without the validation: one image for two processes makes anomalib's metrics wait for each other
+        f"--trainer.{name}={value}"
+        for name, value in {"accelerator": "cpu", "devices": "2", "strategy": "ddp", "limit_val_batches": "0"}.items()
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no_python"]
+    program = [sys.executable, "-m", "anomalib_csflow.cli", "fit", "-c", "configs/cs_flow_small.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, *program, f"--default_root_dir={tmp_path}", *options]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (checkpoint,) = tmp_path.rglob("v0/**/model.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3

@@ -18,6 +18,7 @@ from rich.table import Table
 from anomalib_csflow.benchmark import results
 from anomalib_csflow.benchmark.rows import Row
 from anomalib_csflow.benchmark.run import config, execute, plan
+from anomalib_csflow.jobs import LOCAL, Cluster
 
 SECONDS_PER_IMAGE = 0.05  # and epoch, on one thread of a Xeon, for a detector that has not been measured here yet
 SECONDS_PER_RUN = 90.0  # for starting, testing, exporting and timing
@@ -29,7 +30,7 @@ def check_extra() -> None:
     Raises:
         ModuleNotFoundError: if one is not installed.
     """
-    missing = [name for name in ("jinja2", "tabulate") if find_spec(name) is None]
+    missing = [name for name in ("jinja2", "submitit", "tabulate") if find_spec(name) is None]
     if missing:
         msg = f"the benchmark needs {' and '.join(missing)}: pip install 'anomalib-csflow[benchmark]'"
         raise ModuleNotFoundError(msg)
@@ -80,6 +81,8 @@ def benchmark(
     accelerator: str = "auto",
     out: Path = Path("runs/benchmark"),
     jobs: int = 1,
+    cluster: str = LOCAL,
+    cluster_options: dict[str, Any] | None = None,
     *,
     dry_run: bool = False,
 ) -> None:
@@ -93,9 +96,12 @@ def benchmark(
         accelerator: Lightning's name for it.
         out: folder of the results; runs that are finished there are not measured again.
         jobs: number of runs at once, each on its own device, or with its share of the processors.
+        cluster: ``local``, or ``slurm`` for arrays of SLURM jobs; this command waits for them.
+        cluster_options: parameters of submitit, such as timeout_min, cpus_per_task, slurm_partition.
         dry_run: list the runs with an estimate of their time and stop.
     """
     check_extra()
+    place = Cluster(cluster, jobs, cluster_options or {})
     console = Console()
     entries = data if isinstance(data, list) else [data]
     sets = [data_set for entry in entries for data_set in config.read_data(entry)]
@@ -115,7 +121,7 @@ def benchmark(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / "lock", blocking=False):  # the system releases it, however this process ends
-            rows = measure(left, runs, out, seconds, broken, console, jobs)
+            rows = measure(left, runs, out, seconds, broken, console, place)
     except Timeout as error:
         msg = f"another benchmark is running in {out.absolute()}: wait for its end, or choose another --out"
         raise ValueError(msg) from error
@@ -139,11 +145,11 @@ def measure(
     seconds: dict[str, float],
     broken: dict[str, str],
     console: Console,
-    jobs: int,
+    cluster: Cluster,
 ) -> list[Row]:
     """Measure the remaining runs and write the tables of all, also if it is interrupted; returns the rows."""
     try:
-        execute.measure_all(left, out, seconds, broken, console, jobs)
+        execute.measure_all(left, out, seconds, broken, console, cluster)
     finally:
         rows = read(runs, out)
         found = results.save(rows, out)

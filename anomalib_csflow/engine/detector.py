@@ -45,6 +45,7 @@ from .post_processing import ConformalPostProcessor
 from .precision import bfloat16
 from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 from .roles import SeenImages
+from .step_images import StepImages
 from .visualizer import CalibratedVisualizer
 
 
@@ -218,7 +219,7 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
             files = training_files(getattr(self.trainer, "datamodule", None))
             self.take_size(size_like(files, self.image_options.size[0], self.model.features.strides[-1]))
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
-        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()])]
+        return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()]), StepImages()]
 
     # -- features ---------------------------------------------------------------------------------
 

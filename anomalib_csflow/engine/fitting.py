@@ -25,6 +25,7 @@ from .optimization import TrainingOptions
 from .post_processing import ConformalPostProcessor
 from .providers import CachedSet, FeatureProvider, RepeatedSet
 from .resuming import Progress
+from .step_images import batches
 from .suspects import least_likely, scored
 
 LEAST_SHRINKAGE = 0.1
@@ -54,12 +55,12 @@ class FlowFitting(LightningModule):
     # -- steps ------------------------------------------------------------------------------------
 
     def repeat_training_set(self) -> None:
-        """Make an epoch of ``max_steps`` batches, if the option is set; :meth:`teardown` undoes it."""
+        """Make an epoch of ``max_steps`` batches, if the option is set."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         steps = self.training_options.max_steps
         if steps and datamodule is not None:
-            batches = steps * self.trainer.world_size * self.trainer.accumulate_grad_batches
-            repeated = RepeatedSet(datamodule.train_data, batches * datamodule.train_batch_size)
+            length = batches(self.trainer, steps) * datamodule.train_batch_size
+            repeated = RepeatedSet(datamodule.train_data, length)
             datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -76,18 +77,9 @@ class FlowFitting(LightningModule):
             trainer.fit_loop.max_epochs = done.epochs + 1
 
     def teardown(self, stage: str) -> None:
-        """Restore the original data set."""
+        """Forget what belongs to a stage."""
         del stage
         self.compiled = self.done = None
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        data = getattr(datamodule, "train_data", None)
-        if isinstance(data, RepeatedSet):
-            datamodule.train_data = data.dataset
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Restore the data set here too, since Lightning does not call teardown then."""
-        del exception
-        self.teardown("fit")
 
     def noisy(self, features: Pyramid) -> Pyramid:
         """Training features with the noise that the options set."""
