@@ -15,7 +15,7 @@ from conftest import SMALL, texture
 from killing import end_killed_at_random
 from PIL import Image
 
-from anomalib_csflow import CSFlow, fit_all
+from anomalib_csflow import CSFlow, fit_all, fit_job
 from anomalib_csflow.jobs import Cluster
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="submitit is for POSIX")
@@ -109,8 +109,8 @@ def test_eight_fits_killed_at_random_end_as_if_nothing_had_been(recipe: Path, tm
         check_same(killed[name], expected)
 
 
-def one(root: Path, out: Path) -> fit_all.Fit:
-    return fit_all.Fit("part", 0, out / "part" / "0")
+def one(root: Path, out: Path) -> fit_job.Fit:
+    return fit_job.Fit("part", 0, out / "part" / "0")
 
 
 def test_what_is_done_again(tmp_path: Path) -> None:
@@ -119,12 +119,12 @@ def test_what_is_done_again(tmp_path: Path) -> None:
     fit = one(tmp_path, tmp_path / "out")
 
     def settings(options: tuple[str, ...] = ()) -> str:
-        return fit_all.prepare(fit, part, recipe, options)
+        return fit_job.prepare(fit, part, recipe, options)
 
     first = settings()
     checkpoint = fit.folder / "model.ckpt"
     checkpoint.write_text("whole")
-    result = {"status": "done", "settings": first, "digest": fit_all.digest(checkpoint)}
+    result = {"status": "done", "settings": first, "digest": fit_job.digest(checkpoint)}
     (fit.folder / "result.json").write_text(json.dumps(result))
     assert fit.is_done(settings())
     assert not fit.is_done(settings(("--model.lr", "1")))
@@ -138,13 +138,13 @@ def test_what_is_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "where"), [("train/good", "train/good"), ("good", "good"), (".", ".")])
 def test_where_good_images_are(name: str, where: str, tmp_path: Path) -> None:
     make_part(tmp_path / "part" / name)
-    folder, files = fit_all.good_images(tmp_path / "part")
+    folder, files = fit_job.good_images(tmp_path / "part")
     assert folder == tmp_path / "part" / where
     assert len(files) == 8
     if name == ".":
         make_part(tmp_path / "part" / "defects")
         with pytest.raises(ValueError, match="it is not clear which images of"):
-            fit_all.good_images(tmp_path / "part")
+            fit_job.good_images(tmp_path / "part")
 
 
 def test_what_cannot_be_fitted_is_said_before_the_work(recipe: Path, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""One fit of ``fit-all``: what it needs, its job, and what it leaves in its folder."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from PIL import Image
+
+GOOD = ("train/good", "good", ".")
+SIZES = ("train_batch_size", "eval_batch_size", "num_workers")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit, which has a folder of its own for all that it leaves.
+
+    Args:
+        part: name of the part.
+        seed: of the random numbers.
+        folder: of its results: ``recipe.yaml``, ``model.ckpt``, ``result.json``, ``log.txt`` and anomalib's own folder.
+    """
+
+    part: str
+    seed: int
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the fit left; empty if it has not ended."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def is_done(self, settings: str) -> bool:
+        """Whether a fit with these settings has ended well, and its checkpoint is as it was written."""
+        checkpoint, found = self.folder / "model.ckpt", self.result
+        is_ended = found.get("status") == "done" and found["settings"] == settings and checkpoint.is_file()
+        return is_ended and found["digest"] == digest(checkpoint)
+
+
+def good_images(part: Path) -> tuple[Path, list[Path]]:
+    """The folder of a part's good images, and these.
+
+    Raises:
+        ValueError: if there are none, or others may be among them.
+    """
+    for name in GOOD:
+        folder = part / name
+        files = sorted(_images(folder)) if folder.is_dir() else []
+        if files and name == "." and any(file.parent != folder for file in files):
+            msg = f"it is not clear which images of {part} are good: put these into a folder {part / 'good'}"
+            raise ValueError(msg)
+        if files:
+            return folder, files
+    msg = f"there are no images in {part}, {part / 'good'} or {part / 'train/good'}"
+    raise ValueError(msg)
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    suffixes = Image.registered_extensions()
+    for path, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(path) / name for name in names if Path(name).suffix.lower() in suffixes)
+
+
+def digest(file: Path) -> str:
+    """Of a file's content."""
+    found = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> str:
+    """Write a fit's own recipe and options; returns the digest of all that it depends on.
+
+    Raises:
+        ValueError: see :func:`good_images`.
+    """
+    folder, files = good_images(part)
+    given = recipe.get("data") or {}
+    old = given.get("init_args") or {}
+    is_folder = given.get("class_path", "").endswith(".Folder")
+    kept = {name: value for name, value in old.items() if is_folder or name in SIZES}
+    kept = {name: value for name, value in kept.items() if not name.endswith("_dir")}
+    data = {"name": fit.part, "root": str(folder.absolute()), "normal_dir": "."}
+    own = recipe | {
+        "seed_everything": fit.seed,
+        "data": {"class_path": "anomalib.data.Folder", "init_args": kept | data},
+        "trainer": {"enable_progress_bar": False} | recipe.get("trainer", {}),
+        "default_root_dir": str(fit.folder.absolute()),
+    }
+    times = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    settings = hashlib.blake2b(json.dumps([own, [*options], times]).encode(), digest_size=16).hexdigest()
+    if not fit.is_done(settings):
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        (fit.folder / "recipe.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+        write(fit.folder / "job.json", {"settings": settings, "options": [*options], "images": len(files)})
+    return settings
+
+
+def work(path: str) -> None:
+    """Be the job of the fit with this folder."""
+    folder = Path(path)
+    with FileLock(folder / "lock"):  # a cluster may still be at it for a command that was stopped
+        job = json.loads((folder / "job.json").read_text())
+        if not Fit("", 0, folder).is_done(job["settings"]):
+            (folder / "result.json").unlink(missing_ok=True)
+            write(folder / "result.json", {key: job[key] for key in ("settings", "images")} | _fit(folder, job))
+
+
+def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Run anomalib's command line, with its output in the log, and say how it ended."""
+    from . import cli  # noqa: PLC0415 (which imports this module)
+
+    for old in (path for path in folder.iterdir() if path.is_dir()):  # anomalib's, of an earlier attempt
+        shutil.rmtree(old)
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    start = time.perf_counter()
+    try:
+        engine = cli.anomalib(["fit", "-c", str(folder / "recipe.yaml"), *job["options"]]).engine
+        Path(engine.best_model_path).replace(folder / "model.ckpt")
+        made = getattr(engine.model.post_processor, "made", None)
+    except SystemExit:  # of the parser, after it has said why
+        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return {"status": "refused", "reason": said[-1] if said else "anomalib refuses the arguments"}
+    except Exception as error:  # whatever it is, it is this part's
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
+    return {
+        "status": "done",
+        "digest": digest(folder / "model.ckpt"),
+        "s": time.perf_counter() - start,
+        "rate": made and made.rate,
+        "promise": made and str(made),
+    }
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Write a file in one step."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.replace(path)
