@@ -24,6 +24,7 @@ from anomalib_csflow.engine.checkpoints import model_of
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.good_images import GoodScale
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
+from anomalib_csflow.engine.whole_files import partial_folder, whole_file
 from anomalib_csflow.features import weights
 from anomalib_csflow.runtime.bundle import FORMAT, MANIFEST, VERSION, sha256
 from anomalib_csflow.runtime.engines import PACKAGES
@@ -84,6 +85,7 @@ def bundle(
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
         ValueError: for an unknown format or a folder without images.
+        WriteError: if it cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -95,8 +97,8 @@ def bundle(
         raise ValueError(msg)
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
-    with tempfile.TemporaryDirectory(prefix="anomalib_csflow_") as temporary:
-        folder = Path(temporary) / "bundle"
+    with partial_folder("the bundle", out) as temporary:
+        folder = temporary / "bundle"
         (folder / "reference").mkdir(parents=True)
         models = {name: _export(detector, name, folder) for name in formats}
         names = []
@@ -114,11 +116,10 @@ def bundle(
             for path in files
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".zip":
             _zip(folder, out)
         else:
-            shutil.move(folder, out)
+            folder.rename(out)
     return out
 
 
@@ -252,9 +253,7 @@ def _requirements(formats: Sequence[Format]) -> str:
 
 
 def _zip(folder: Path, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file("the bundle", out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 archive.write(path, path.relative_to(folder).as_posix())
-    partial.replace(out)
