@@ -1,10 +1,13 @@
 """Kill processes at random instants, and look at what they leave; ``test_kills.py`` runs it.
 
-``python kills.py KIND COUNT SEED IMAGES FOLDER``. It forks before anything is computed, and all work is done in
-forks: so a kill costs the time until it comes, and not that of an import.
+``python kills.py SEED IMAGES FOLDER KIND=COUNT ...``. It forks before anything is computed, and all work is done in
+forks: so a kill costs the time until it comes, and not that of an import. How late kills come follows from how long the
+work takes where nothing is killed.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,13 +35,9 @@ from anomalib_csflow.features.store import FeatureStore
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-kind, count, seed, images, folder = (
-    sys.argv[1],
-    int(sys.argv[2]),
-    int(sys.argv[3]),
-    Path(sys.argv[4]),
-    Path(sys.argv[5]),
-)
+seed, images, root = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+folder = root  # of the kind at hand
+instants = np.random.default_rng(seed)
 OPTIONS: dict[str, Any] = {**SMALL, "image_size": 64, "post_processor": False, "visualizer": False}
 
 
@@ -65,10 +64,17 @@ def forked(work: Callable[[], Any], seconds: float | None = None) -> bool:
     return status == signal.SIGKILL
 
 
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of a work that is not killed."""
+    start = time.perf_counter()
+    forked(work)
+    return time.perf_counter() - start
+
+
 # -- fitting, with the cache and checkpoints -----------------------------------------------------------
 
 
-def fit(cache: Path, *, epochs: int = 40, resumes: bool = True) -> None:
+def fit(cache: Path, *, epochs: int = 10**6, resumes: bool = True) -> None:
     """Go on from the last checkpoint, if there is one; a checkpoint after every step."""
     seed_everything(0, verbose=False)
     saving = ModelCheckpoint(folder / "saved", "model", every_n_train_steps=1, enable_version_counter=False)
@@ -89,7 +95,7 @@ def look_at_fit() -> None:
     """The checkpoint loads and is not older than the last; the features are those of a fit that was not killed."""
     for path in (folder / "saved").glob("*.ckpt"):
         CSFlow.load_from_checkpoint(path)
-        step, last = read_checkpoint(path)["global_step"], folder / "step"
+        step, last = read_checkpoint(path)["global_step"], folder / "saved/step"
         before = int(last.read_text()) if last.is_file() else 0
         if step < before:
             msg = f"the checkpoint of step {before} was replaced by one of step {step}"
@@ -113,16 +119,21 @@ def features(path: Path) -> tuple[torch.Tensor, ...]:
     return found
 
 
-def fits(instants: np.random.Generator) -> None:
+def finish() -> None:
+    """Go on for an epoch from what the kills have left, to the end."""
+    path = folder / "saved/model.ckpt"
+    fit(folder / "cache", epochs=read_checkpoint(path)["epoch"] + 2 if path.is_file() else 1)
+
+
+def fits(count: int) -> None:
     """Kill fits, of which every third starts without the cache, and every fifth without a checkpoint."""
-    forked(lambda: fit(folder / "true", epochs=1, resumes=False))
-    (folder / "saved/model.ckpt").unlink()
+    whole = timed(lambda: fit(folder / "true", epochs=1, resumes=False))
     for turn in range(count):
-        for name in [*(["cache"] if turn % 3 == 0 else []), *(["saved", "step"] if turn % 5 == 0 else [])]:
-            forked(lambda name=name: os.system(f"rm -rf {folder / name}"))  # noqa: S605 (its own folder)
-        forked(lambda: fit(folder / "cache"), instants.uniform(0.2, 4))
+        for name in [*(["cache"] if turn % 3 == 0 else []), *(["saved"] if turn % 5 == 0 else [])]:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        forked(lambda: fit(folder / "cache"), instants.uniform(0.2, 1.2) * whole)
         forked(look_at_fit)
-    forked(lambda: fit(folder / "cache"))  # to the end, from what the kills have left
+    forked(finish)
     forked(look_at_fit)
 
 
@@ -149,7 +160,7 @@ def check_scores(score: float) -> None:
         file.write(f"{score}\n")
 
 
-def save_checkpoints() -> None:
+def save_checkpoints(turns: int = 10**9) -> None:
     """Write checkpoints of both, over and over."""
     engine = Engine(accelerator="cpu", default_root_dir=folder, logger=False)
     pair = [detector(number) for number in (0, 1)]
@@ -158,7 +169,7 @@ def save_checkpoints() -> None:
     pair[0].trainer = engine.trainer
     pair[0].check_read_checkpoints()
     states = [{name: value.clone() for name, value in one.model.flow.state_dict().items()} for one in pair]
-    for turn in range(10**9):
+    for turn in range(turns):
         pair[0].model.flow.load_state_dict(states[turn % 2])
         engine.trainer.save_checkpoint(folder / "model.ckpt")
 
@@ -196,12 +207,12 @@ def look_at_exports() -> None:
         check_scores(float(session.run(["pred_score"], {"input": IMAGE.numpy()})[0].squeeze()))
 
 
-def overwrites(
-    work: Callable[[], None], look: Callable[[], None], instants: np.random.Generator, longest: float
-) -> None:
+def overwrites(work: Callable[..., None], look: Callable[[], None], count: int, turns: int) -> None:
     """Kill what writes over what is there."""
+    forked(lambda: work(2))  # which traces both
+    setup, whole = timed(lambda: work(0)), timed(lambda: work(turns))
     for _ in range(count):
-        forked(work, instants.uniform(0.5, longest))
+        forked(work, instants.uniform(setup, max(whole, 1.1 * setup)))
         forked(look)
 
 
@@ -222,7 +233,7 @@ def benchmark(out: Path) -> None:
     command_line.main()
 
 
-def benchmarks(instants: np.random.Generator) -> None:
+def benchmarks(count: int) -> None:
     """Kill benchmarks, and go on with each until it is done; its table is that of one that was never killed."""
     arguments = {name: SMALL[name] for name in ("backbone", "layer", "weights", "hidden_channels", "standardize", "lr")}
     entry = {"class_path": "RealNVP", "epochs": 1, "train_batch_size": 4, "init_args": {**arguments, "image_size": 64}}
@@ -232,11 +243,11 @@ def benchmarks(instants: np.random.Generator) -> None:
         (data / name).symlink_to(images / name)
     config = {"detectors": [entry], "data": str(data), "seeds": [0, 1, 2], "accelerator": "cpu"}
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    forked(lambda: benchmark(folder / "true"))
+    whole = timed(lambda: benchmark(folder / "true"))
     turn = out = 0
     while turn < count:
         out += 1
-        while turn < count and forked(lambda out=out: benchmark(folder / str(out)), instants.uniform(0.2, 6)):
+        while turn < count and forked(lambda out=out: benchmark(folder / str(out)), instants.uniform(0.1, 0.9) * whole):
             turn += 1
         forked(lambda out=out: benchmark(folder / str(out)))
         forked(lambda out=out: compare(folder / str(out), folder / "true"))
@@ -247,8 +258,6 @@ MEASURED = {"run_s", "finished", "fit_s", "fit_cpu_s", "fit_peak_mb", "commit"}
 
 def compare(out: Path, true: Path) -> None:
     """All figures are equal, but for time and memory."""
-    import json
-
     rows, expected = (json.loads((root / "results.json").read_text())["rows"] for root in (out, true))
     kept, right = ([{k: v for k, v in row.items() if k not in MEASURED} for row in table] for table in (rows, expected))
     assert kept == right, (kept, right)
@@ -256,14 +265,17 @@ def compare(out: Path, true: Path) -> None:
     assert (out / "report.html").is_file()
 
 
-{
+KINDS: dict[str, Callable[[int], None]] = {
     "fit": fits,
-    "checkpoint": lambda instants: overwrites(save_checkpoints, look_at_checkpoints, instants, 1.5),
-    "export": lambda instants: (
-        forked(lambda: export(2)),  # which traces both
-        overwrites(export, look_at_exports, instants, 5),
-    ),
+    "checkpoint": lambda count: overwrites(save_checkpoints, look_at_checkpoints, count, 20),
+    "export": lambda count: overwrites(export, look_at_exports, count, 6),
     "benchmark": benchmarks,
-}[kind](np.random.default_rng(seed))
-seen = folder / "seen"
-sys.stdout.write(f"{len(seen.read_text().splitlines()) if seen.is_file() else 0} looked at\n")
+}
+for kind, _, number in (argument.partition("=") for argument in sys.argv[4:]):
+    folder = root / kind
+    folder.mkdir()
+    KINDS[kind](int(number))
+    seen = folder / "seen"
+    found = len(seen.read_text().splitlines()) if seen.is_file() else 0
+    sys.stdout.write(f"{kind}: {number} kills, {found} files looked at\n")
+    sys.stdout.flush()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from test_reliability import counts
 
 SCRIPT = """
 import json, os, sys, warnings
@@ -44,8 +43,10 @@ MOST = 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says so")
-@pytest.mark.parametrize("kind", ["torch", "openvino"])
-@counts(500, 10_000)
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("torch", 500), *(pytest.param(kind, 10_000, marks=pytest.mark.long) for kind in ("torch", "openvino"))],
+)
 def test_memory_is_flat_over_many_inferences(kind: str, count: int, image_folder: Path, tmp_path: Path) -> None:
     options = json.dumps({**SMALL, "image_size": 64})
     arguments = [kind, options, str(tmp_path), str(image_folder / "test/good"), str(count)]
