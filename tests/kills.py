@@ -180,8 +180,15 @@ def look_at_checkpoints() -> None:
         check_scores(float(CSFlow.load_from_checkpoint(path).eval()(IMAGE).pred_score))
 
 
+def export_modules(turns: int = 10**9) -> None:
+    """Write torch modules of both, over and over."""
+    pair = [detector(number) for number in (0, 1)]
+    for turn in range(turns):
+        pair[turn % 2].to_torch(folder / "exported")
+
+
 def export(turns: int = 10**9) -> None:
-    """Write exports of both, over and over."""
+    """Write exports of both in all formats, over and over."""
     trace_once(folder / "traced", lambda model: str(model.number))
     pair = [detector(number) for number in (0, 1)]
     for turn in range(turns):
@@ -220,7 +227,7 @@ def overwrites(work: Callable[..., None], look: Callable[[], None], count: int, 
 
 
 def benchmark(out: Path) -> None:
-    """Three runs, in this process: a kill comes anywhere in what a stage writes."""
+    """Two runs, in this process: a kill comes anywhere in what a stage writes."""
 
     def here(name: str, place: Path, env: dict[str, str]) -> str:
         if name == "export":
@@ -241,7 +248,7 @@ def benchmarks(count: int) -> None:
     data.mkdir(parents=True)
     for name in ("train", "test"):
         (data / name).symlink_to(images / name)
-    config = {"detectors": [entry], "data": str(data), "seeds": [0, 1, 2], "accelerator": "cpu"}
+    config = {"detectors": [entry], "data": str(data), "seeds": [0, 1], "accelerator": "cpu"}
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(config))
     whole = timed(lambda: benchmark(folder / "true"))
     turn = out = 0
@@ -268,6 +275,7 @@ def compare(out: Path, true: Path) -> None:
 KINDS: dict[str, Callable[[int], None]] = {
     "fit": fits,
     "checkpoint": lambda count: overwrites(save_checkpoints, look_at_checkpoints, count, 20),
+    "torch": lambda count: overwrites(export_modules, look_at_exports, count, 20),
     "export": lambda count: overwrites(export, look_at_exports, count, 6),
     "benchmark": benchmarks,
 }
