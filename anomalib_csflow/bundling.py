@@ -85,7 +85,7 @@ def bundle(
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
         ValueError: for an unknown format or a folder without images.
-        WriteError: if it cannot be written.
+        OSError: if it cannot be written; in a sentence.
     """
     out = Path(out)
     if out.exists():

@@ -108,8 +108,8 @@ found = {
     "torch": said(lambda: str(engine.export(model, ExportType.TORCH, export_root=disk))),
     "onnx": said(lambda: str(engine.export(model, ExportType.ONNX, export_root=disk))),
     "openvino": said(lambda: str(engine.export(model, ExportType.OPENVINO, export_root=disk))),
-    "bundle": said(lambda: str(bundling.bundle(checkpoint, disk / "another"))),
-    "zip": said(lambda: str(bundling.bundle(checkpoint, disk / "another.zip"))),
+    "bundle": said(lambda: str(bundling.bundle(checkpoint, disk / "more"))),
+    "zip": said(lambda: str(bundling.bundle(checkpoint, disk / "more.zip"))),
     "calibrate": said(lambda: str(recalibrate(CSFlow, checkpoint, images / "test/good", disk / "other.ckpt"))),
     "predict": said(
         lambda: [
