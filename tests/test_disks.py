@@ -15,6 +15,7 @@ MOUNT = ["unshare", "--user", "--map-root-user", "--mount"]
 FAULTS = {"full": "No space left on device", "read-only": "Read-only file system"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_written_is_said_and_nothing_is_lost(fault: str, image_folder: Path, tmp_path: Path) -> None:
     disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"

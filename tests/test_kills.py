@@ -13,6 +13,7 @@ SHORT = {"fit": 2, "checkpoint": 3, "torch": 3, "benchmark": 1}
 LONG = {"fit": 50, "checkpoint": 60, "torch": 60, "export": 20, "benchmark": 20}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system neither forks nor kills")
 @pytest.mark.parametrize(
     "kills", [SHORT, *(pytest.param({kind: count}, marks=pytest.mark.long) for kind, count in LONG.items())], ids=str
