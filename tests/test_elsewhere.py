@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import anomalib_csflow
 
 PACKAGE = Path(anomalib_csflow.__file__).parent
@@ -57,17 +59,16 @@ if __name__ == "__main__":
     _, root, out = sys.argv
     data = Folder("textures", "train/good", root=root, normal_test_dir="test/good", val_split_mode="none",
                   train_batch_size=6, num_workers=1)
-    for name in ("computed", "cached"):
-        torch.manual_seed(0)
-        model = CSFlow("tf_efficientnet_lite0", "blocks.4", "package", image_size=64, num_blocks=1, hidden_channels=8,
-                       kernel_sizes=[3], standardize=True, max_steps=3)
-        engine = Engine(default_root_dir=out, accelerator="cpu", limit_val_batches=0, enable_progress_bar=False,
-                        enable_model_summary=False, callbacks=[FeatureCache(out + "/cache")])
-        engine.fit(model, datamodule=data)
-        print(name, "after", engine.trainer.global_step, "steps")
+    model = CSFlow("tf_efficientnet_lite0", "blocks.4", "package", image_size=64, num_blocks=1, hidden_channels=8,
+                   kernel_sizes=[3], standardize=True, max_steps=3)
+    engine = Engine(default_root_dir=out, accelerator="cpu", limit_val_batches=0, enable_progress_bar=False,
+                    enable_model_summary=False, callbacks=[FeatureCache(out + "/cache")])
+    engine.fit(model, datamodule=data)
+    print("ended after", engine.trainer.global_step, "steps")
 """
 
 
+@pytest.mark.slow
 def test_workers_may_be_spawned(image_folder: Path, tmp_path: Path) -> None:
     """As they are where nothing is forked: all that a worker needs can be pickled; in a folder of an odd name."""
     out = tmp_path / "a folder with spaces, äöü and 漢"
@@ -77,6 +78,5 @@ def test_workers_may_be_spawned(image_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(out / "script.py"), str(image_folder), str(out)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "computed after 3 steps" in done.stdout
-    assert "cached after 3 steps" in done.stdout
+    assert "ended after 3 steps" in done.stdout
     assert len([*out.rglob("*.safetensors")]) == 12

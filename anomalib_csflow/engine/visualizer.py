@@ -105,8 +105,8 @@ class CalibratedVisualizer(ImageVisualizer):
             self._tested.add(batch)
         datamodule = getattr(trainer, "datamodule", None)
         root = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        for item in batch if self._is_keeping else ():
-            picture = self.draw(item)
+        for item in batch:
+            picture = self.draw(item) if self._is_keeping else None
             if picture is None:
                 continue
             try:
