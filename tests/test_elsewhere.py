@@ -68,7 +68,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_may_be_spawned(image_folder: Path, tmp_path: Path) -> None:
     """As they are where nothing is forked: all that a worker needs can be pickled; in a folder of an odd name."""
     out = tmp_path / "a folder with spaces, äöü and 漢"
