@@ -3,8 +3,9 @@
 # make docs       builds the documentation in docs/_build/html
 # make format     formats the code and fixes what the linter can fix
 # make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
-# make long       runs the long form of the tests in tests/test_reliability.py: minutes to an hour
+# make long       runs the long form of the tests of docs/reliability.md: some hours
 # make floors     runs the tests with the oldest dependencies that pyproject.toml allows
+# make newest     runs the tests with the newest ones
 # Each creates the environment in .venv first. PIP_ARGS is passed to pip, for example an index of CPU builds (see README).
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN = $(VENV)/bin
 
 DOCS = $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --nitpicky --fresh-env --write-all docs docs/_build/html
 
-.PHONY: demo check docs format benchmark floors long
+.PHONY: demo check docs format benchmark floors newest long
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -46,6 +47,11 @@ floors: requirements/floors.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-floors
 	$(VENV)-floors/bin/pip install $(PIP_ARGS) -c requirements/floors.txt -e '.[openvino,onnx,offline,demo,cluster,benchmark,dev]'
 	$(VENV)-floors/bin/pytest -n 0 -W ignore
+
+newest: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/pip install $(PIP_ARGS) -e '.[openvino,onnx,offline,demo,benchmark,dev]'
+	$(VENV)-newest/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

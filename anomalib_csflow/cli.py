@@ -99,10 +99,10 @@ def calibrate(arguments: Sequence[str]) -> None:
 
     silence_logs()
     try:
-        name = model_of(old)["class_path"].rpartition(".")[2]
-    except CheckpointError as error:
+        cls = getattr(anomalib_csflow, model_of(old)["class_path"].rpartition(".")[2])
+        made = recalibration.recalibrate(cls, old, given.good, new, given.rate, given.promise)
+    except (CheckpointError, OSError) as error:
         sys.exit(str(error))
-    made = recalibration.recalibrate(getattr(anomalib_csflow, name), old, given.good, new, given.rate, given.promise)
     print(f"{made}\nThe new thresholds are in {new}; {old} is as it was.")
 
 

@@ -1,6 +1,8 @@
 """Two processes train what one does with the same effective batch, and score each image once."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +92,51 @@ def test_torchrun_starts_the_command_line(image_folder: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-2000:]
     (checkpoint,) = tmp_path.rglob("v0/**/model.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+
+
+def started(task: str, rank: int, images: Path, out: Path, devices: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run ``processes.py`` to the end of all its processes, since each holds the pipe open."""
+    out.mkdir()
+    options = [Path(__file__).with_name("processes.py"), task, rank, images, out, devices]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, *map(str, options)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.long
+def test_two_processes_predict_each_image_once(image_folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("train/good", "test/blob"):
+        for file in (image_folder / name).iterdir():
+            (images / f"{file.parent.name}_{file.name}").symlink_to(file)
+    (images / "good_000.png").unlink()  # 15, which two processes cannot share evenly
+    found = {}
+    for devices in (1, 2):
+        done = started("predict", 0, images, tmp_path / str(devices), devices)
+        assert done.returncode == 0, done.stderr[-2000:]
+        parts = [json.loads((tmp_path / f"{devices}/{rank}.json").read_text()) for rank in range(devices)]
+        assert sum(part["count"] for part in parts) == 15
+        assert all(part["count"] for part in parts)
+        found[devices] = {name: score for part in parts for name, score in part["scores"].items()}
+    assert found[1].keys() == found[2].keys()
+    assert [found[2][name] for name in found[1]] == pytest.approx([*found[1].values()], rel=1e-4)
+    pictures = {path.name for path in (tmp_path / "2").rglob("images/*.png")}
+    assert pictures == set(found[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("task", ["NaN", "error", "broken"])
+def test_what_happens_to_one_ends_both(task: str, rank: int, image_folder: Path, tmp_path: Path) -> None:
+    """A NaN in a step, an error while scoring, and an image that can no longer be read when it is its turn."""
+    images = image_folder
+    if task == "error":
+        images = image_folder / "test/blob"
+    elif task == "broken":
+        images = tmp_path / "images"
+        shutil.copytree(image_folder, images)
+    done = started(task, rank, images, tmp_path / "out")
+    assert done.returncode != 0
+    words = {"NaN": "the loss became nan at epoch 0, step 1", "error": "cannot read", "broken": "cannot identify"}
+    assert words[task] in done.stderr, done.stderr[-2000:]

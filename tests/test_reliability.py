@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from anomalib.data.utils import read_image
 from conftest import texture
 from hypothesis import HealthCheck, Phase, given, settings
@@ -22,10 +23,12 @@ from test_checkpoint_files import Harm, good  # noqa: F401 (a fixture)
 from test_feature_cache import key
 
 from anomalib_csflow import CSFlow
+from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.engine.checkpoints import CHECKPOINT_KEY, CheckpointError
 from anomalib_csflow.engine.images import UnreadableImageError, check_images
 from anomalib_csflow.features.store import FeatureStore
 from anomalib_csflow.features.weights import WeightsError, create_backbone
+from anomalib_csflow.recipe_files import find_recipes
 
 PYRAMID = (torch.linspace(0, 1, 48).reshape(3, 4, 4), torch.arange(6, dtype=torch.float32).reshape(3, 2, 1))
 
@@ -186,6 +189,41 @@ def test_arguments_are_taken_or_refused_in_a_sentence(count: int, monkeypatch: p
             said.append(str(error))
 
     each(count, holds, st.data())
+    assert said
+    assert not any("\n" in text for text in said)
+
+
+RECIPES = [path.read_text() for path in find_recipes().values()]
+
+
+@counts(100, 2000)
+def test_recipes_are_taken_or_refused_in_a_sentence(count: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    taken: list[str] = []
+
+    def read(entry: dict[str, Any], content: bytes) -> None:
+        (tmp_path / "recipe.yaml").write_bytes(content)
+        try:
+            taken.append(config.read_detector(entry, tmp_path).name)
+        except (ValueError, FileNotFoundError) as error:
+            said.append(str(error))
+
+    def holds(data: st.DataObject) -> None:
+        text, entry = data.draw(st.sampled_from(RECIPES)), {"config": "recipe.yaml"}
+        if data.draw(st.booleans()):  # as text
+            return read(entry, edited(text.encode(), data.draw(EDITS)))
+        recipe: Any = yaml.safe_load(text)  # or in one of its values
+        place = recipe
+        for _ in range(data.draw(st.integers(0, 2))):
+            inner = [value for value in place.values() if isinstance(value, dict) and value]
+            place = data.draw(st.sampled_from(inner)) if inner else place
+        place[data.draw(st.sampled_from(sorted(place)))] = data.draw(ODD)
+        for name in data.draw(st.lists(st.sampled_from(sorted(config.FORMS)), max_size=1)):
+            entry[name] = data.draw(ODD)
+        return read(entry, yaml.safe_dump(recipe).encode())
+
+    each(count, holds, st.data())
+    assert taken
     assert said
     assert not any("\n" in text for text in said)
 

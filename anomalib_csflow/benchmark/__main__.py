@@ -183,6 +183,9 @@ def main() -> None:
         benchmark(**arguments)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         sys.exit(str(error))
+    except OSError as error:
+        place = f"{error.filename or arguments['out']} ({error.strerror or error})"
+        sys.exit(f"the benchmark cannot write {place}: free some space, then the same command continues from here")
     except KeyboardInterrupt:
         sys.exit("stopped: the same command continues from here")
 

@@ -93,8 +93,12 @@ class Row:
 def write_json(path: Path, value: Any) -> None:
     """Write a file in one step, so that nobody reads half a file, even if the benchmark is killed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_plain(value), indent=1))
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(_plain(value), indent=1))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ import anomalib_csflow
 from anomalib_csflow.engine.checkpoint_files import CHECKPOINT_KEY
 from anomalib_csflow.engine.checkpoints import LeanCheckpoints, read_checkpoint
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.whole_files import partial_folder, whole_file
 from anomalib_csflow.runtime.bundle import FORMATS, MANIFEST, Format, sha256
 
 from .int8 import good_images, write_int8
@@ -73,6 +74,7 @@ def bundle(
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
         ValueError: for an unknown format, a folder without images, or an 8-bit model that loses too much.
+        OSError: if it cannot be written; in a sentence.
     """
     out = Path(out)
     if out.exists():
@@ -87,8 +89,8 @@ def bundle(
     good = good_images(reference) if "int8" in formats else []
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
-    with tempfile.TemporaryDirectory(prefix="anomalib_csflow_") as temporary:
-        folder = Path(temporary) / "bundle"
+    with partial_folder("the bundle", out) as temporary:
+        folder = temporary / "bundle"
         (folder / "reference").mkdir(parents=True)
         models: dict[Format, str] = {name: _export(detector, name, folder) for name in formats if name != "int8"}
         names = []
@@ -111,11 +113,10 @@ def bundle(
             for path in files
         }
         (folder / MANIFEST).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".zip":
             _zip(folder, out)
         else:
-            shutil.move(folder, out)
+            folder.rename(out)
     return out
 
 
@@ -172,9 +173,7 @@ def _expected(detector: FlowDetector, files: Sequence[Path]) -> dict[str, NDArra
 
 
 def _zip(folder: Path, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file("the bundle", out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 archive.write(path, path.relative_to(folder).as_posix())
-    partial.replace(out)

@@ -92,7 +92,7 @@ def draw_good(path: Path, good: NDArray[np.floating[Any]], promise: str) -> None
     """Write a chart of the good images that were calibrated on.
 
     Args:
-        path: of the PNG file.
+        path: of the PNG file, whatever its suffix.
         good: ``(n,)``, levels of the images.
         promise: what the thresholds promise, in words.
     """
@@ -100,14 +100,14 @@ def draw_good(path: Path, good: NDArray[np.floating[Any]], promise: str) -> None
     axes = figure.subplots()
     _histogram(axes, {f"{len(good)} good images": (good, GOOD)})
     figure.suptitle(fill(promise, 100), fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def draw_tested(path: Path, tested: ScoredTest, promise: str) -> None:
     """Write the charts of a test with good and defective images: histograms, ROC and PRO curves.
 
     Args:
-        path: of the PNG file.
+        path: of the PNG file, whatever its suffix.
         tested: images of both kinds.
         promise: what the thresholds promise, in words.
     """
@@ -128,7 +128,7 @@ def draw_tested(path: Path, tested: ScoredTest, promise: str) -> None:
         axes[2].set_xlim(-0.02 * LARGEST, 1.02 * LARGEST)
         axes[2].legend(loc="lower right", fontsize=8)
     figure.suptitle(f"{tested}\n{fill(promise, 150)}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def _counted(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

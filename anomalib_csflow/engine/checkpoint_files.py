@@ -8,9 +8,11 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
+
+from .whole_files import whole_file
 
 CHECKPOINT_KEY = "anomalib_csflow"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -168,8 +170,19 @@ class CheckedCheckpoints(CheckpointIO):
         return read(Path(path), lambda: load(path, map_location=map_location, weights_only=True), self.detector)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write."""
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        """Write; a local file under another name first, so that a kill or a full disk leaves the one before.
+
+        Lightning's own writer copies it from the folder of temporary files, which may be on another disk.
+
+        Raises:
+            WriteError: if it cannot be written.
+        """
+        is_lightnings = type(self.inner).save_checkpoint is TorchCheckpointIO.save_checkpoint
+        if not is_lightnings or storage_options is not None or "://" in str(path):
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole_file("the checkpoint", Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove."""

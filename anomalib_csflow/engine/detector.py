@@ -279,6 +279,10 @@ class FlowDetector(FlowFitting, FlowOptimization, LeanCheckpoints, FlowExports, 
         check_images(files)
         self._compile(len(files))
 
+    def on_predict_end(self) -> None:
+        """Wait for the other processes: if one has failed, so does this, since its images are missing."""
+        self.trainer.strategy.barrier()
+
     def _compile(self, num_images: int) -> None:
         """Let OpenVINO compute the features of a stage, if the stage has enough images."""
         if self.compiled is None:  # a refit uses that of the detector

@@ -16,6 +16,7 @@ from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
 
 from .quantization import CALIBRATION_IMAGES, quantized
+from .whole_files import whole_export
 
 
 class FlowExports(ExportMixin, LightningModule):
@@ -35,8 +36,14 @@ class FlowExports(ExportMixin, LightningModule):
         """
         kwargs.setdefault("opset_version", 18)
         kwargs.setdefault("verbose", False)  # otherwise the exporter prints every step
+        export = super().to_onnx
         with self._without_unknown_ranges():
-            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+            return whole_export(Path(export_root), lambda root: export(root, model_file_name, input_size, **kwargs))
+
+    def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
+        """Export to OpenVINO; see ``AnomalibModule.to_openvino``."""
+        export = super().to_openvino
+        return whole_export(Path(export_root), lambda root: export(root, *args, **kwargs))
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export the whole module; see ``AnomalibModule.to_torch``.
@@ -48,7 +55,8 @@ class FlowExports(ExportMixin, LightningModule):
         for parameter in trainable:
             parameter.requires_grad = False
         try:
-            return super().to_torch(export_root, model_file_name)
+            export = super().to_torch
+            return whole_export(Path(export_root), lambda root: export(root, model_file_name))
         finally:
             for parameter in trainable:
                 parameter.requires_grad = True

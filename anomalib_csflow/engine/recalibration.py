@@ -17,6 +17,7 @@ from .checkpoints import read_checkpoint
 from .good_images import CollectedScores
 from .post_processing import ConformalPostProcessor
 from .roles import TRAINED, VALIDATED, digests, met
+from .whole_files import whole_file
 
 if TYPE_CHECKING:
     from .detector import FlowDetector
@@ -100,7 +101,6 @@ def recalibrate(
     written[CHECKPOINT_KEY]["tensors"] = sum_of(state)
     written["anomalib_post_processor_config"] = processor.checkpoint_config()
     written["anomalib_components_enabled"]["post_processor"] = True
-    partial = output.with_name(f".{output.name}.partial")
-    torch.save(written, partial)  # whose tensors may be read from the very file that it replaces
-    partial.replace(output)
+    with whole_file("the checkpoint", output) as partial, partial.open("wb") as file:
+        torch.save(written, file)  # whose tensors may be read from the very file that it replaces
     return made

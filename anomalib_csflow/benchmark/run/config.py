@@ -1,7 +1,7 @@
 """The benchmark's configuration: entries for detectors and data sets, checked before any work starts."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,30 @@ def _checked(values: Mapping[str, Any], kind: type, what: str) -> dict[str, Any]
         problem = f"has no key {unknown[0]!r}" if unknown else "needs a class_path"
         msg = f"benchmark: {what} {dict(values)} {problem}; keys are {', '.join(known)}"
         raise ValueError(msg)
+    for name, value in values.items():
+        word, is_one = FORMS[name]
+        if not is_one(value):
+            msg = f"benchmark: {name} of {what} must be {word}, got {value!r}"
+            raise ValueError(msg)
     return dict(values)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("class_path", "name", "note", "error"), ("text", lambda value: isinstance(value, str))),
+    **dict.fromkeys(LENGTHS, ("1 or more", lambda value: value is None or _is_count(value))),
+    **dict.fromkeys(("train_batch_size", "eval_batch_size"), ("1 or more", _is_count)),
+    "num_workers": ("0 or more", lambda value: _is_count(value, 0)),
+    "init_args": ("a mapping of arguments", _is_mapping),
+}
+"""What the values of an entry must be, in words, by their keys."""
 
 
 def _recipe(name: Path, base: Path) -> dict[str, Any]:
@@ -37,12 +60,22 @@ def _recipe(name: Path, base: Path) -> dict[str, Any]:
         msg = f"benchmark: no recipe {(base / name).absolute()}"
         raise FileNotFoundError(msg)
     path = path or recipe_path(str(name))
-    recipe = yaml.safe_load(path.read_text())
-    batches = recipe.get("data", {}).get("init_args", {})
+    try:
+        recipe = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        msg = f"benchmark: {path} is not YAML ({' '.join(str(error).split())[:200]})"
+        raise ValueError(msg) from error
+    parts: list[Any] = (
+        [recipe.get(name, {}) for name in ("model", "data", "trainer")] if _is_mapping(recipe) else [None]
+    )
+    if not all(map(_is_mapping, parts)) or not parts[0] or not _is_mapping(parts[1].get("init_args", {})):
+        msg = f"benchmark: {path} is not a recipe with a model, as the files of this package's configs are"
+        raise ValueError(msg)
+    model, data, trainer = parts
+    batches = data.get("init_args", {})
     sizes = {key: batches[key] for key in ("train_batch_size", "eval_batch_size", "num_workers") if key in batches}
-    trainer = recipe.get("trainer", {})
     length = {name: trainer.get(f"max_{name}") for name in LENGTHS}
-    return {**recipe["model"], **{name: value for name, value in length.items() if value not in {None, -1}}, **sizes}
+    return {**model, **{name: value for name, value in length.items() if value not in (None, -1)}, **sizes}
 
 
 def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
@@ -58,10 +91,12 @@ def read_detector(entry: Mapping[str, Any] | str, base: Path) -> Detector:
     """
     values: dict[str, Any] = {"class_path": entry} if isinstance(entry, str) else dict(entry)
     if "config" in values:
-        recipe = _recipe(Path(values.pop("config")), base)
+        recipe = _recipe(Path(str(values.pop("config"))), base)
         if any(name in values for name in LENGTHS):  # one of them takes the place of whatever the recipe says
             recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
-        values = recipe | values | {"init_args": recipe.get("init_args", {}) | values.get("init_args", {})}
+        wrong = [one for one in (recipe, values) if not _is_mapping(one.get("init_args", {}))]  # is refused below
+        merged = {} if wrong else recipe.get("init_args", {}) | values.get("init_args", {})
+        values = recipe | values | {"init_args": wrong[0]["init_args"] if wrong else merged}
     detector = Detector(**_checked(values, Detector, "a detector"))
     model = import_named(detector.class_path, anomalib.models, "detector")
     unknown = [key for key in detector.init_args if not accepts(model, key)]

@@ -7,7 +7,6 @@ that its memory is that of a production line that runs the exported model.
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import threading
@@ -45,11 +44,15 @@ def latency(run: Callable[[], Any], images: int, synchronize: Callable[[], Any] 
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process, MB."""
+    """Peak resident memory of this process, MB; nan on Windows."""
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux, rusage also counts the process that started this one
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
+    if os.name != "posix":
+        return float("nan")
+    import resource  # noqa: PLC0415 (of POSIX alone)
+
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -1,0 +1,117 @@
+"""When a fit sets thresholds: after its last validation, or with refits."""
+
+from typing import Any
+
+import torch
+from anomalib.data import Batch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from anomalib_csflow.calibration import Kind, Promise
+
+from .good_images import GoodImages, GoodScale
+
+NO_CALIBRATION = (
+    "This model was never calibrated: its scores and maps are raw, and it has no labels or masks. Fit it with "
+    "validation images, or call post_processor.calibrate(...) with the scores of good images"
+)
+
+
+class FitCalibration(PostProcessor):
+    """Collects the scores of good validation images during a fit, and calibrates on them.
+
+    Attributes are those of :class:`~.post_processing.ConformalPostProcessor`, which says how to calibrate.
+    """
+
+    threshold: str
+    num_folds: int
+    made: Promise | None
+    score_scale: GoodScale
+    map_scale: GoodScale
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._validated = GoodImages()
+        self._is_given = False  # calibrated by a call, which validation does not override
+        self._has_warned = False
+
+    def calibrate(self, scores: Tensor, map_maxima: Tensor | None = None, kind: Kind | None = None) -> Promise:
+        """Set thresholds and scales from raw scores ``(n,)`` of good images and their maps' maxima ``(n,)``."""
+        raise NotImplementedError
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are thresholds from good images."""
+        return self.score_scale.is_calibrated
+
+    @property
+    def num_good(self) -> int:
+        """Number of good images that the thresholds come from."""
+        return self.score_scale.good.numel()
+
+    @property
+    def is_satisfied(self) -> bool:
+        """Whether no refits are needed, because the rate is kept or because they are switched off."""
+        return self.threshold == "f1" or not self.num_folds or (self.made is not None and self.made.is_as_asked)
+
+    def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
+        """Calibrate on out-of-fold scores, and on the scores of good validation images if there are any.
+
+        Args:
+            scores: ``(n,)``, raw.
+            map_maxima: ``(n,)``, raw; None for detectors without maps.
+
+        Returns:
+            What the thresholds promise: an estimate, without a guarantee for few images.
+        """
+        scores = torch.cat([self.score_scale.good.cpu(), scores])
+        if map_maxima is not None:
+            map_maxima = torch.cat([self.map_scale.good.cpu(), map_maxima])
+        return self.calibrate(scores, map_maxima, "estimated")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the thresholds, because the weights are about to change."""
+        del trainer, pl_module
+        self._is_given = False
+        self.made = None
+        for scale in (self.score_scale, self.map_scale):
+            scale.calibrate(None, None)
+
+    def on_validation_batch_end(  # type: ignore[override] # anomalib's own signature is not Lightning's
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch[Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect the score and the map's maximum of each good image."""
+        if self.threshold == "f1":
+            super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        elif self._collects(trainer):
+            self._validated.add(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate on the collected scores, if there was any good image."""
+        if self.threshold == "f1":
+            super().on_validation_epoch_end(trainer, pl_module)
+        elif self._collects(trainer):
+            scores, maxima = self._validated.take(trainer.world_size)
+            if len(scores):
+                self.calibrate(scores, maxima)
+                self._is_given = False
+
+    def _collects(self, trainer: Trainer) -> bool:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        return not trainer.sanity_checking and not self._is_given and (is_fitting or not self.is_calibrated)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the thresholds promise, or that there are none."""
+        del trainer, pl_module
+        if self.threshold == "conformal" and self.made is not None:
+            rank_zero_info(str(self.made))
+        elif self.threshold == "conformal":
+            self._warn()
+
+    def _warn(self) -> None:
+        if not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = True
+            rank_zero_warn(NO_CALIBRATION)
