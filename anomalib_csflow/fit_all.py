@@ -1,6 +1,6 @@
 """``anomalib-csflow fit-all``: one fit for each part and seed, as jobs on this machine or a SLURM cluster.
 
-A folder has one folder per part. A part's good images are those in its folder ``train/good``, as in MVTec AD's layout,
+The root has one folder per part. A part's good images are those in its folder ``train/good``, as in MVTec AD's layout,
 else in ``good``, else in the part's folder itself; other images are not read.
 """
 
@@ -26,13 +26,13 @@ COLUMNS = ("part", "seed", "images", "false alarms", "s", "checkpoint, or what w
 def fit_all(
     recipe: str, root: Path, out: Path, seeds: Sequence[int] | None, cluster: jobs.Cluster, options: Sequence[str] = ()
 ) -> list[Fit]:
-    """Fit a recipe to each part with each seed, unless it was done before with the same images.
+    """Fit a recipe to each part with each seed, unless the same fit has ended before.
 
     Args:
-        recipe: a file, or the name of one of this package's.
-        root: with a folder per part.
-        out: for the results, in a folder per part and seed.
-        seeds: those of the fits; by default that of the recipe.
+        recipe: a file, or the name of one of this package's recipes.
+        root: a folder with a folder per part.
+        out: folder of the results, which get a folder per part and seed.
+        seeds: one fit of each part for each; by default the recipe's seed.
         cluster: where the fits run.
         options: more options of ``anomalib fit``.
 
@@ -42,18 +42,18 @@ def fit_all(
     Raises:
         FileNotFoundError: if there is no such recipe or folder.
         ValueError: if there is no part, the recipe is of no detector, anomalib refuses an option, or another command
-            is at work in ``out``.
+            is running in ``out``.
     """
     values = yaml.safe_load((Path(recipe) if Path(recipe).is_file() else recipe_path(recipe)).read_text())
     if "model" not in values:
-        msg = f"the recipe {recipe} is of no detector"
+        msg = f"the recipe {recipe} is of no detector: choose one with a model"
         raise ValueError(msg)
     if not root.is_dir():
         msg = f"there is no folder {root}"
         raise FileNotFoundError(msg)
     parts = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not parts or (root / "train" / "good").is_dir():
-        msg = f"{root} needs a folder for each part, with its good images in it, or in its folder good or train/good"
+        msg = f"{root} needs a folder for each part, with its good images directly in it, in good or in train/good"
         raise ValueError(msg)
     seed = values.get("seed_everything")
     numbers = seeds or [seed if isinstance(seed, int) else 0]
@@ -78,7 +78,7 @@ def fit_all(
 
 
 def _is_left(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> bool:
-    """Whether a fit is to be done; if not because it cannot be, its result says so."""
+    """Whether a fit is left to do; if it cannot be done, write the reason as its result."""
     try:
         is_left = not fit.is_done(prepare(fit, part, recipe, options))
     except ValueError as error:
@@ -101,7 +101,7 @@ def _run(calls: dict[str, list[str]], fits: dict[str, Fit], out: Path, cluster: 
         fit = fits[name]
         if not fit.result:
             write(fit.folder / "result.json", {"status": "failed", "reason": reason or "its job left no result"})
-        if fit.result["status"] == "refused":  # and would be by all others
+        if fit.result["status"] == "refused":  # anomalib would refuse the same option in all other fits
             raise ValueError(fit.result["reason"])
         console.print(f"{count} of {len(calls)}: {' '.join(row(fit))}", markup=False, soft_wrap=True)
 

@@ -46,10 +46,10 @@ class Fit:
 
 
 def good_images(part: Path) -> tuple[Path, list[Path]]:
-    """The folder of a part's good images, and these.
+    """The folder of a part's good images, and their files.
 
     Raises:
-        ValueError: if there are none, or others may be among them.
+        ValueError: if there are none, or if it is not clear which images are good.
     """
     for name in GOOD:
         folder = part / name
@@ -70,7 +70,7 @@ def _images(folder: Path) -> Iterator[Path]:
 
 
 def digest(file: Path) -> str:
-    """Of a file's content."""
+    """Digest of a file's content."""
     found = hashlib.blake2b(digest_size=16)
     with file.open("rb") as content:
         while block := content.read(2**20):
@@ -79,7 +79,7 @@ def digest(file: Path) -> str:
 
 
 def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> str:
-    """Write a fit's own recipe and options; returns the digest of all that it depends on.
+    """Write a fit's own recipe and options; returns a digest of everything that the fit depends on.
 
     Raises:
         ValueError: see :func:`good_images`.
@@ -107,9 +107,9 @@ def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]
 
 
 def work(path: str) -> None:
-    """Be the job of the fit with this folder."""
+    """Run the fit of a folder; a job calls this."""
     folder = Path(path)
-    with FileLock(folder / "lock"):  # a cluster may still be at it for a command that was stopped
+    with FileLock(folder / "lock"):  # a job of an earlier command may still run on a cluster
         job = json.loads((folder / "job.json").read_text())
         if not Fit("", 0, folder).is_done(job["settings"]):
             (folder / "result.json").unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def work(path: str) -> None:
 
 def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Run anomalib's command line, with its output in the log, and say how it ended."""
-    from . import cli  # noqa: PLC0415 (which imports this module)
+    from . import cli  # noqa: PLC0415 (it imports this module)
 
     for old in (path for path in folder.iterdir() if path.is_dir()):  # anomalib's, of an earlier attempt
         shutil.rmtree(old)
@@ -131,10 +131,10 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         engine = cli.anomalib(["fit", "-c", str(folder / "recipe.yaml"), *job["options"]]).engine
         Path(engine.best_model_path).replace(folder / "model.ckpt")
         made = getattr(engine.model.post_processor, "made", None)
-    except SystemExit:  # of the parser, after it has said why
+    except SystemExit:  # the parser has printed the reason
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return {"status": "refused", "reason": said[-1] if said else "anomalib refuses the arguments"}
-    except Exception as error:  # whatever it is, it is this part's
+    except Exception as error:  # whatever fails in this fit, the others go on
         reason = (str(error).strip().splitlines() or [""])[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
     return {

@@ -1,4 +1,4 @@
-"""Many independent jobs through submitit: processes of this machine, or arrays of a SLURM cluster."""
+"""Many independent jobs through submitit: processes on this machine, or arrays of SLURM jobs."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ class Cluster:
     """Where jobs run.
 
     Args:
-        name: ``local`` for processes of this machine, or ``slurm``.
+        name: ``local`` for processes on this machine, or ``slurm``.
         jobs: how many run at once.
         options: parameters of ``submitit.AutoExecutor``: ``timeout_min``, ``cpus_per_task``, ``gpus_per_node``,
             ``mem_gb``, ``slurm_partition`` ...
@@ -39,10 +39,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if find_spec("submitit") is None:
-            msg = "many runs are started by submitit: pip install 'anomalib-csflow[cluster]'"
+            msg = "submitit, which starts the jobs, is not installed: pip install 'anomalib-csflow[cluster]'"
             raise ModuleNotFoundError(msg)
         if self.name not in CLUSTERS or self.jobs < 1:
-            msg = f"jobs run on one of {', '.join(CLUSTERS)}, 1 or more at once, got {self.name!r} and {self.jobs}"
+            msg = f"jobs run on one of {', '.join(CLUSTERS)}, and 1 or more at once, got {self.name!r} and {self.jobs}"
             raise ValueError(msg)
         if self.name == SLURM and shutil.which("srun") is None:
             msg = (
@@ -53,7 +53,7 @@ class Cluster:
             self.executor(Path(folder))
 
     def executor(self, folder: Path) -> Any:
-        """Submitit's executor, whose files are in a new folder: it names them by numbers that the system uses again."""
+        """Submitit's executor, with a new folder: it names files by process ids, which the system uses again."""
         import submitit  # noqa: PLC0415 (optional)
 
         executor = submitit.AutoExecutor(tempfile.mkdtemp(dir=folder), cluster=self.name)
@@ -73,17 +73,18 @@ def run(
 ) -> Iterator[tuple[str, str | None]]:
     """Call a function for each of several jobs, each in a process of its own.
 
-    A job that fails, or whose machine is lost, does not stop the others. All end with the caller: if it is interrupted
-    they are cancelled, and those of this machine notice if it is killed.
+    A job that fails, or whose machine is lost, does not stop the others. If the caller is interrupted, its jobs are
+    cancelled; if it is killed, its jobs on this machine end too.
 
     Args:
         calls: plain arguments of each job, by its name.
         target: the function, as ``package.module:name``; it leaves its result in a file.
-        folder: of submitit's files.
+        folder: for submitit's files.
         cluster: where the jobs run.
 
     Yields:
-        The name of a job and None when it begins; the name and why it failed, or an empty string, when it has ended.
+        The name of a job and None when it begins. When it has ended, its name and why it failed; an empty string if
+        it did not fail.
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_local = cluster.name == LOCAL
@@ -115,11 +116,11 @@ def run(
 
 
 def environment(place: int, jobs: int) -> dict[str, str | None]:
-    """Environment of one of several jobs on this machine: its share of the processors, its own accelerator."""
+    """Environment of one of several jobs on this machine: its share of the processors, and its own accelerator."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would hide all
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # without it, submitit hides all devices
     if jobs > 1:
-        import torch  # noqa: PLC0415 (takes seconds, and one job alone needs none)
+        import torch  # noqa: PLC0415 (takes seconds, and one job alone does not need it)
 
         devices = [name for name in (visible or "").split(",") if name] or range(torch.cuda.device_count())
         visible = str(devices[place % len(devices)]) if devices else visible
@@ -127,7 +128,7 @@ def environment(place: int, jobs: int) -> dict[str, str | None]:
 
 
 def _work(caller: int | None, own: Mapping[str, str | None], target: str, arguments: Sequence[Any]) -> None:
-    """Be a job: take over the environment before anything is imported that reads it, and call the function."""
+    """Run in a job: set the environment before anything is imported that reads it, then call the function."""
     for name, value in own.items():
         os.environ.pop(name, None)
         os.environ.update({} if value is None else {name: value})
@@ -141,7 +142,7 @@ def _end_with(caller: int, parent: int) -> None:
     """End this process when its caller or its parent has ended: submitit's jobs would outlive them."""
     while os.getppid() == parent:
         try:
-            os.kill(caller, 0)  # looks whether there is such a process
+            os.kill(caller, 0)  # raises an error if there is no such process
         except OSError:
             break
         time.sleep(1)
@@ -150,7 +151,7 @@ def _end_with(caller: int, parent: int) -> None:
 
 def _reason(job: Any, *, is_local: bool) -> str:
     """Why a job failed, in one sentence; empty if it did not."""
-    if is_local and not job.paths.result_pickle.is_file():  # elsewhere it may take a while to appear
+    if is_local and not job.paths.result_pickle.is_file():  # on SLURM, the file may take a while to appear
         return f"its process was killed (is there enough memory?); its log is {job.paths.stderr}"
     error = job.exception()
     if error is None:

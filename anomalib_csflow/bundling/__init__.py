@@ -40,7 +40,7 @@ MODEL_INFO = {
 
 
 def load_detector(checkpoint: str | Path) -> FlowDetector:
-    """The detector of a checkpoint, of whichever class it is.
+    """The detector of a checkpoint, whatever its class.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -48,7 +48,7 @@ def load_detector(checkpoint: str | Path) -> FlowDetector:
     """
     detector = getattr(anomalib_csflow, read_checkpoint(checkpoint)[CHECKPOINT_KEY]["detector"])
     loaded: FlowDetector = super(LeanCheckpoints, detector).load_from_checkpoint(checkpoint, map_location="cpu")
-    return loaded.eval()  # and not LeanCheckpoints', which would check all once more
+    return loaded.eval()  # LeanCheckpoints' own loading would check the file once more
 
 
 def bundle(
@@ -74,7 +74,7 @@ def bundle(
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
         ValueError: for an unknown format, a folder without images, or an 8-bit model that loses too much.
-        OSError: if it cannot be written; in a sentence.
+        OSError: if the bundle cannot be written.
     """
     out = Path(out)
     if out.exists():
@@ -85,7 +85,7 @@ def bundle(
         msg = f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}" if unknown else "give a format"
         raise ValueError(msg)
     if "int8" in formats:
-        formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # which it is made from
+        formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # the 8-bit model is made from it
     good = good_images(reference) if "int8" in formats else []
     detector = load_detector(checkpoint)
     images = _reference_images(detector, reference)
@@ -143,7 +143,7 @@ def _describe(path: Path) -> None:
         model.set_rt_info(value, ["model_info", key])
     described = path.with_name(f"described_{path.name}")
     openvino.save_model(model, described, compress_to_fp16=False)
-    del model  # which has the old weights open
+    del model  # it has the old weights file open
     described.replace(path)
     described.with_suffix(".bin").replace(path.with_suffix(".bin"))
 

@@ -1,4 +1,4 @@
-"""A bundle's 8-bit model, and whether good images still get their scores."""
+"""A bundle's 8-bit model, and how much it changes the scores of good images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from anomalib_csflow.engine.quantization import CALIBRATION_IMAGES, quantized
 from anomalib_csflow.runtime.detector import read
 
 MAX_SHIFT = 0.25
-"""Change that at most a tenth of the good images may exceed: of what decides the label, in units of the distance from
-the median good image to the threshold."""
+"""Largest change that nine out of ten good images may have: of the value that decides the label, in units of the
+distance from the median good image to the threshold."""
 NUM_FIRST = (1, 12, 24)
 """Numbers of the backbone's first products to leave in float, in the order in which they are tried."""
 LEAST_IMAGES = 10
@@ -34,7 +34,7 @@ def good_images(folder: str | Path | None) -> list[Path]:
 
 
 def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Write the 8-bit form of a model with the fewest products in float that keeps good images' scores.
+    """Write the 8-bit model with the fewest products in float that keeps good images' scores.
 
     Every second good image measures the ranges of activations, the others measure the change.
 
@@ -44,7 +44,7 @@ def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
         files: good images.
 
     Returns:
-        What ``bundle.json`` says of it.
+        The entry of ``bundle.json`` for this model.
 
     Raises:
         ValueError: if the scores change too much.
@@ -77,7 +77,7 @@ def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _levels(core: Any, model: Any, files: Sequence[Path]) -> NDArray[np.float64]:
-    """What decides each image's label: score or highest place of the map, 0 at the threshold, about -1 if good."""
+    """What decides each image's label, its score or its map's maximum: 0 at the threshold, about -1 if it is good."""
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     levels = []
     for file in files:

@@ -1,4 +1,4 @@
-"""What ``bundle.json`` and ``requirements.txt`` of a bundle say."""
+"""The contents of a bundle's ``bundle.json`` and ``requirements.txt``."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ ANTIALIASED = (
 
 
 def manifest(detector: FlowDetector, checkpoint: Path, models: Mapping[Format, str]) -> dict[str, Any]:
-    """Everything but the reference and the list of files."""
+    """The contents of ``bundle.json``, without the reference and the list of files."""
     options, processor = detector.image_options, detector.post_processor
     is_conformal = isinstance(processor, ConformalPostProcessor)
     made = processor.made if isinstance(processor, ConformalPostProcessor) else None

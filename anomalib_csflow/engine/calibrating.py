@@ -23,7 +23,7 @@ NO_CALIBRATION = (
 class FitCalibration(PostProcessor):
     """Collects the scores of good validation images during a fit, and calibrates on them.
 
-    Attributes are those of :class:`~.post_processing.ConformalPostProcessor`, which says how to calibrate.
+    The attributes are those of :class:`~.post_processing.ConformalPostProcessor`, which implements ``calibrate``.
     """
 
     threshold: str
@@ -35,7 +35,7 @@ class FitCalibration(PostProcessor):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._validated = GoodImages()
-        self._is_given = False  # calibrated by a call, which validation does not override
+        self._is_given = False  # set by a call of calibrate(), which validation does not override
         self._has_warned = False
 
     def calibrate(self, scores: Tensor, map_maxima: Tensor | None = None, kind: Kind | None = None) -> Promise:
@@ -54,7 +54,7 @@ class FitCalibration(PostProcessor):
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether no refits are needed, because the rate is kept or because they are switched off."""
+        """Whether no refits are needed: the rate is kept already, or refits are switched off."""
         return self.threshold == "f1" or not self.num_folds or (self.made is not None and self.made.is_as_asked)
 
     def calibrate_out_of_fold(self, scores: Tensor, map_maxima: Tensor | None) -> Promise:
@@ -65,7 +65,7 @@ class FitCalibration(PostProcessor):
             map_maxima: ``(n,)``, raw; None for detectors without maps.
 
         Returns:
-            What the thresholds promise: an estimate, without a guarantee for few images.
+            What the thresholds promise: an estimate, without a guarantee.
         """
         scores = torch.cat([self.score_scale.good.cpu(), scores])
         if map_maxima is not None:

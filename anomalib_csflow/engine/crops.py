@@ -8,11 +8,11 @@ from anomalib_csflow.flows.pyramid import Pyramid
 
 
 def random_crops(pyramid: Pyramid, side: int, strides: Sequence[int]) -> Pyramid:
-    """A random square of each sample, the same in all levels; it begins at a position of the coarsest level.
+    """A random square of each sample, at the same place in all levels; it begins at a position of the coarsest level.
 
     Args:
         pyramid: maps ``(N, C_i, H_i, W_i)``, finest first.
-        side: height and width of the square in pixels of the image; a smaller image is taken whole in that direction.
+        side: height and width of the square in pixels of the image; a side of the image that is shorter is not cropped.
         strides: pixels of the image per position, for each level.
 
     Returns:
@@ -25,7 +25,7 @@ def random_crops(pyramid: Pyramid, side: int, strides: Sequence[int]) -> Pyramid
     """
     ratios = [strides[-1] // stride for stride in strides]
     cells = max(side // strides[-1], 1)
-    # of maps that are rounded up, the coarsest has positions that the finest does not fill
+    # sizes of maps may be rounded up: the coarsest map can then have positions that the finest does not cover
     whole = [min(level.shape[axis] // k for level, k in zip(pyramid, ratios, strict=True)) for axis in (2, 3)]
     if max(whole) <= cells:
         return pyramid

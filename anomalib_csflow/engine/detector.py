@@ -185,7 +185,7 @@ class FlowDetector(FlowInputs, FlowFitting, FlowOptimization, LeanCheckpoints, F
         return CalibratedVisualizer()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's components, notes of what was seen, and a feature cache unless the trainer has one already."""
+        """Anomalib's components, digests of images, a feature cache if there is none, and images for ``max_steps``."""
         self.follow_aspect()  # before a datamodule reads the size
         callbacks = [*cast("list[Callback]", super().configure_callbacks())]
         return [*callbacks, SeenImages(), *([] if self.feature_cache else [FeatureCache()]), StepImages()]

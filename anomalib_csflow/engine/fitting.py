@@ -64,7 +64,7 @@ class FlowFitting(LightningModule):
             datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume a fit by steps: those of ``max_steps`` that are left are one epoch more."""
+        """Resume a fit by steps: the steps of ``max_steps`` that are left are one more epoch."""
         super().on_load_checkpoint(checkpoint)
         options, trainer = self.training_options, self._trainer
         steps, done = options.max_steps, Progress.of(checkpoint)
@@ -196,9 +196,9 @@ class FlowFitting(LightningModule):
         return images if isinstance(images, AnomalibDataset) else None
 
     def show_suspects(self) -> None:
-        """Log the least likely training images, among which a defect may be; by refits' scores if there are such.
+        """Log the least likely training images, among which a defect may be; by the refits' scores if there are any.
 
-        Not where features are not kept, since all would be computed once more.
+        Nothing is logged with several processes, or if features are not stored and would all be computed once more.
         """
         processor, images = self.post_processor, self.training_images
         if not isinstance(processor, ConformalPostProcessor) or not processor.gives_calibrated:

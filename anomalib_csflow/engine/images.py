@@ -139,7 +139,7 @@ def check_number(datamodule: object) -> None:
         msg = (
             f"there {'is' if number == 1 else 'are'} {number} good image{'' if number == 1 else 's'} in "
             f"{where}, and anomalib keeps {ratio:.0%} of them for validation and test, which takes "
-            f"{needed} or more: add good images (thresholds that are worth having take 20), or name a folder of others "
+            f"{needed} or more: add good images (useful thresholds need 20), or name a folder of others "
             "to validate on as --data.normal_test_dir"
         )
         raise TooFewImagesError(msg)
@@ -188,10 +188,10 @@ def check_images(paths: Sequence[str | Path], masks: Sequence[str | Path] = ()) 
 
 
 def check_variety(paths: Sequence[str | Path]) -> None:
-    """Check that training images differ; two are decoded if they do.
+    """Check that training images differ; if the first two differ, no more are decoded.
 
     Raises:
-        UnreadableImageError: if they all have the same pixels, or if there is but one, of one colour.
+        UnreadableImageError: if all have the same pixels, or if there is only one image and it has one colour.
     """
     first = None
     for path in paths:
@@ -200,7 +200,7 @@ def check_variety(paths: Sequence[str | Path]) -> None:
             return
         first = pixels
     if first is not None and (len(paths) > 1 or (first == first[0, 0]).all()):
-        what = f"all {len(paths)} training images have the same pixels" if len(paths) > 1 else "it has but one colour"
+        what = f"all {len(paths)} training images have the same pixels" if len(paths) > 1 else "it has only one colour"
         msg = f"the training image {paths[0]} has nothing to learn from: {what}; are they the right files?"
         raise UnreadableImageError(msg)
 

@@ -1,4 +1,4 @@
-"""From images to features: size and checks before any long work, and who computes the features or keeps them."""
+"""From images to features: the image size, checks before any long work, and where features come from."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ from .providers import PLAIN, ComputedFeatures, FeatureProvider, View
 
 
 class FlowInputs(LightningModule):
-    """From images to features: their size, the checks, and who computes or keeps the features."""
+    """A detector's way from images to features: the image size, the checks, and where features come from."""
 
     model: FlowModel
     image_options: ImageOptions
@@ -56,7 +56,7 @@ class FlowInputs(LightningModule):
         rank_zero_info(f"Images are resized to a height of {size[0]} and a width of {size[1]} pixels.")
 
     def follow_aspect(self) -> None:
-        """Take the size that the training images' aspect ratio gives, if a fit begins and the options leave it open."""
+        """When a fit begins, take the size from the training images' aspect ratio, if the options leave it open."""
         if self.image_options.is_open and self.trainer.state.fn == "fit":
             files = training_files(getattr(self.trainer, "datamodule", None))
             self.take_size(size_like(files, self.image_options.size[0], self.model.features.strides[-1]))
@@ -65,7 +65,7 @@ class FlowInputs(LightningModule):
 
     @property
     def fixed_views(self) -> tuple[View, ...]:
-        """All views of an image that training uses, if they are fixed; else empty, and features are not cached."""
+        """All views of an image that training uses, if they are fixed; otherwise empty: features are not cached."""
         return (PLAIN,)
 
     @property
@@ -76,7 +76,7 @@ class FlowInputs(LightningModule):
 
     @property
     def compute(self) -> Callable[[Tensor], Pyramid]:
-        """Computes features of pre-processed images with the backbone, in OpenVINO where that is faster."""
+        """The backbone, or the same in OpenVINO if that is faster: pre-processed images to features."""
         return self.compiled or self.model.features
 
     @property
@@ -88,7 +88,7 @@ class FlowInputs(LightningModule):
     # -- before a stage ---------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Check the number of good images, since the datamodule's ``setup`` comes before ours."""
+        """Check the number of good images here, since the datamodule's ``setup`` runs before the detector's."""
         check_number(getattr(self.trainer, "datamodule", None))
 
     def setup(self, stage: str) -> None:
@@ -114,17 +114,17 @@ class FlowInputs(LightningModule):
     def on_predict_start(self) -> None:
         """Check the images to predict."""
         loaders = self.trainer.predict_dataloaders
-        loaders = loaders if isinstance(loaders, list) else [loaders]  # a single loader if it came from a datamodule
+        loaders = loaders if isinstance(loaders, list) else [loaders]  # a datamodule gives a single loader
         files = [file for loader in loaders for file in image_files(getattr(loader, "dataset", None))]
         check_images(files)
         self._compile(len(files))
 
     def on_predict_end(self) -> None:
-        """Wait for the other processes: if one has failed, so does this, since its images are missing."""
+        """Wait for the other processes: if one has failed, this one fails too, because images are missing."""
         self.trainer.strategy.barrier()
 
     def _compile(self, num_images: int) -> None:
         """Let OpenVINO compute the features of a stage, if the stage has enough images."""
-        if self.compiled is None:  # a refit uses that of the detector
+        if self.compiled is None:  # a refit uses its detector's
             device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
             self.compiled = compiled(self.model.features, num_images, device, precision)

@@ -16,7 +16,7 @@ def quantized(model: Any, items: Sequence[Item], read: Callable[[Item], Any], nu
 
     Args:
         model: OpenVINO's, in float.
-        items: what stands for each good image, on which the ranges of activations are measured.
+        items: one for each good image on which the ranges of activations are measured.
         read: gives an item's image, as the model takes it.
         num_first: see :func:`float_operations`.
     """
@@ -33,17 +33,17 @@ def quantized(model: Any, items: Sequence[Item], read: Callable[[Item], Any], nu
 def float_operations(model: Any, num_first: int = 1) -> list[str]:
     """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
 
-    All except the products, and except what feeds the backbone's products: activations and residual sums between
-    them. Latents and scores are in float, because ranges measured on good images would clip those of defects. So are
-    two kinds of products which take little of the time: depthwise convolutions, whose channels have ranges of their
-    own, and the first products, whose weights NNCF gives 7 bits.
+    All operations stay in float, except the products and what feeds the backbone's products: activations and residual
+    sums between them. Latents and scores stay in float because ranges that are measured on good images would clip those
+    of defects. Two kinds of products, which take little of the time, stay in float too: depthwise convolutions, in
+    which each channel has its own range, and the first products, to whose weights NNCF gives only 7 bits.
 
     Args:
         model: OpenVINO's.
         num_first: number of the backbone's first products to leave in float.
     """
     eight_bit: set[str] = set()
-    backbone: list[tuple[str, str]] = []  # names and types of its products, the last first
+    backbone: list[tuple[str, str]] = []  # names and types of its products, the last one first
     operations = [(o, o.get_friendly_name(), o.get_type_name()) for o in model.get_ordered_ops()]
     for operation, name, kind in reversed(operations):
         inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
@@ -54,7 +54,7 @@ def float_operations(model: Any, num_first: int = 1) -> list[str]:
             eight_bit.add(name)
         elif consumers & eight_bit:
             eight_bit.add(name)
-    # but not what feeds the flow's products: that becomes the latents
+    # what feeds the flow's products stays in float: it becomes the latents
     eight_bit |= {name for _, name, kind in operations if kind in PRODUCTS}
     eight_bit -= {name for name, kind in backbone if kind == "GroupConvolution"}
     eight_bit -= {name for name, _ in backbone[max(len(backbone) - num_first, 0) :]}

@@ -1,4 +1,4 @@
-"""Where a training stood when its checkpoint was written, and how many steps it has with those that are to come."""
+"""How far a training had come when its checkpoint was written, and how many steps its schedule has in all."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from lightning.pytorch import Trainer
 
 @dataclass(frozen=True)
 class Progress:
-    """What was done of a training.
+    """How much of a training was done.
 
     Args:
-        epochs: whole ones.
-        batches: of all epochs.
-        batches_in_epoch: of an epoch that was not finished.
-        scheduled: steps of the learning rate's schedule.
+        epochs: number of whole epochs.
+        batches: number of batches in all epochs.
+        batches_in_epoch: batches of an epoch that was not finished.
+        scheduled: steps that the learning rate's schedule has taken.
     """
 
     epochs: int
@@ -25,17 +25,17 @@ class Progress:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Progress | None":
-        """Of a checkpoint; None if it holds no training, but weights alone."""
+        """The progress in a checkpoint; None if the checkpoint has weights only."""
         loop = (checkpoint.get("loops") or {}).get("fit_loop")
         if not loop:
             return None
         epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
         is_within = epochs["ready"] > epochs["completed"]
         total, current = batches["total"], batches["current"]
-        # how Lightning knows a checkpoint of after a step; after several resumptions it may not, and repeats the batch
+        # by this Lightning recognizes a checkpoint from after a step; after several resumptions it may repeat the batch
         is_counted = total["ready"] == total["started"] == total["processed"] == total["completed"] + 1
         in_epoch = current["completed"] + is_counted
-        is_over = is_within and batches["is_last_batch"] and in_epoch >= current["ready"]  # but for what follows it
+        is_over = is_within and batches["is_last_batch"] and in_epoch >= current["ready"]  # all its batches are done
         schedules = checkpoint.get("lr_schedulers") or [{"last_epoch": 0}]
         return cls(
             epochs=epochs["completed"] + is_over,
@@ -45,13 +45,13 @@ class Progress:
         )
 
     def all_steps(self, trainer: Trainer) -> float:
-        """Steps that are scheduled with those that the trainer has yet to take: their number in an epoch may be new."""
+        """All steps of the schedule: those taken, and those left at the trainer's present number of steps an epoch."""
         planned = trainer.estimated_stepping_batches  # which also loads the training set
         if planned == math.inf or trainer.max_epochs in (None, -1):
             return planned
         accumulated = trainer.accumulate_grad_batches
         an_epoch = math.ceil(trainer.num_training_batches / accumulated)
-        is_within = self.batches_in_epoch < trainer.num_training_batches  # else Lightning runs the epoch once more
+        is_within = self.batches_in_epoch < trainer.num_training_batches  # otherwise Lightning repeats the epoch
         of_this = self.batches_in_epoch // accumulated if is_within else 0
         left = max((trainer.max_epochs or 0) - self.epochs, 0) * an_epoch - of_this
         steps = self.scheduled + max(left, 1)

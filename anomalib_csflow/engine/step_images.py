@@ -1,4 +1,4 @@
-"""The images of a fit by steps: no more than its steps see, or features of all would be computed for a few."""
+"""The images of a fit by ``max_steps``: no more than its batches hold, so that no other features are computed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 NAMES = {"train_data": "train", "val_data": "validate"}
 MOST_VALIDATED = 10_000
-"""Images to validate on, at most: enough for thresholds that one good image in 10,000 exceeds."""
+"""Largest number of images to validate on: enough for a false-alarm rate of 1 in 10,000."""
 
 
 class StepImages(Callback):
-    """Leaves a fit by ``max_steps`` as many images as its batches hold, if there are more; gives all back afterwards.
+    """Draws as many images for a fit by ``max_steps`` as its batches hold, and restores all of them afterwards.
 
-    At most :data:`MOST_VALIDATED` are left to validate on. They are drawn by digests of their paths: at random, but
-    alike in every process and every fit, which therefore find one another's cached features; more steps draw those of
-    fewer steps and others. All that a fit does once for each image, from checking its file to the last score, then
-    takes a time and a memory that do not depend on how many images there are.
+    At most :data:`MOST_VALIDATED` are drawn to validate on. Images are drawn by digests of their paths: at random, but
+    alike in every process and fit, so that later fits find their features in the cache. A fit with more steps draws the
+    images of one with fewer steps, and others. What a fit does once for each image, from the check of its file to its
+    score, then takes the same time and memory, however many images there are.
     """
 
     def __init__(self) -> None:
@@ -43,20 +43,20 @@ class StepImages(Callback):
                 setattr(datamodule, name, data.subsample(drawn([*map(str, data.samples.image_path)], most[name])))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give back the data sets that the datamodule had."""
+        """Restore the data sets of the datamodule."""
         del pl_module, stage
         for name, data in self._whole.items():
             setattr(trainer.datamodule, name, data)  # type: ignore[attr-defined]
         self._whole = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give them back here too, since Lightning does not call teardown then."""
+        """Restore the data sets here too, since Lightning does not call teardown then."""
         del exception
         self.teardown(trainer, pl_module, "fit")
 
 
 def batches(trainer: Trainer, steps: int) -> int:
-    """Batches of so many optimizer steps, of all processes."""
+    """Number of batches that all processes together need for this number of optimizer steps."""
     return steps * trainer.world_size * trainer.accumulate_grad_batches
 
 

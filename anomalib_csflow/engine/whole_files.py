@@ -1,4 +1,4 @@
-"""Files that take their names when they are complete: a kill or a full disk leaves what was there before."""
+"""Files that are renamed when they are complete: a kill or a full disk leaves what was there before."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,16 +9,16 @@ OPENVINO_CANNOT_WRITE = "iostream error"
 
 
 class WriteError(OSError):
-    """A file cannot be written, for want of space or of permission."""
+    """A file cannot be written, for example because there is no space or no permission."""
 
 
 @contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Say in a sentence that something cannot be written, whichever library finds out.
+    """Report in one sentence that something cannot be written, whichever library raised the error.
 
     Args:
-        what: is written, as the message should call it.
-        path: where.
+        what: what is written, in the words of the message.
+        path: where it is written.
 
     Raises:
         WriteError: if the system does not let it be written.
@@ -34,7 +34,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What the system said first; None if it said nothing: then the error is about something else."""
+    """The system's reason for an error; None if the error is about something else."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
@@ -46,7 +46,7 @@ def _reason(error: BaseException | None) -> str | None:
 
 @contextmanager
 def whole_file(what: str, path: Path) -> Iterator[Path]:
-    """Give a name beside a file's to write to; what was written there becomes the file at the end.
+    """Yield a path beside a file to write to; what was written there becomes the file at the end.
 
     Raises:
         WriteError: if it cannot be written; then the file is as it was.
@@ -65,7 +65,7 @@ def whole_file(what: str, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def partial_folder(what: str, path: Path) -> Iterator[Path]:
-    """Make a folder beside a path, from which what is complete can be moved there in one step, for a while.
+    """Yield a temporary folder beside a path, from which what is complete can be moved there in one step.
 
     Raises:
         WriteError: if it cannot be written.
@@ -79,12 +79,12 @@ def partial_folder(what: str, path: Path) -> Iterator[Path]:
 def whole_export(root: Path, export: Callable[[Path], Path]) -> Path:
     """Export to a folder beside the place where the model will be, and move it there when it is complete.
 
-    A model of two files is removed before the new one comes: it is the old one, the new one or none, but never half of
-    each.
+    If a model has several files, the old model is removed just before the new one takes its place. A kill leaves the
+    old model, the new one or none, but never files of both.
 
     Args:
         root: folder of exports.
-        export: exports to a folder and returns the model's file, beside which are those that belong to it.
+        export: exports to a folder and returns the model's file; other files beside it belong to the model.
 
     Returns:
         The model's file.
