@@ -36,7 +36,7 @@ TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
 TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
-STEPS = 200
+STEPS = 300
 METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 
 Grey = NDArray[np.float64]  # (H, W) in [0, 255]
@@ -184,7 +184,7 @@ def run(root: Path, steps: int = STEPS) -> None:
         console.rule(f"[bold]{name}[/bold]: fit, test, export, predict")
         torch.manual_seed(0)
         processor = ConformalPostProcessor(0.05, num_folds=0)
-        detector = from_recipe("cs_flow_small", max_steps=steps, post_processor=processor)
+        detector = from_recipe("cs_flow_small", max_steps=steps, crop_size=CROP, post_processor=processor)
         datamodule = folder(root / "data", name)
         seconds = measure.fit(
             detector,
