@@ -65,7 +65,7 @@ class FlowInputs(LightningModule):
 
     @property
     def fixed_views(self) -> tuple[View, ...]:
-        """All views of an image that training uses, if they are fixed; otherwise empty: features are not cached."""
+        """All views of an image that training uses, if they are fixed; empty if not, and features are not cached then."""
         return (PLAIN,)
 
     @property
