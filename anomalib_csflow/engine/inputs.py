@@ -65,7 +65,7 @@ class FlowInputs(LightningModule):
 
     @property
     def fixed_views(self) -> tuple[View, ...]:
-        """All views of an image that training uses, if they are fixed; empty if not, and features are not cached then."""
+        """All views of an image that training uses, if they are fixed; empty if not, so that no features are cached."""
         return (PLAIN,)
 
     @property
