@@ -73,9 +73,10 @@ FLAGS = (
     "permute_soft",
     "fixed_train_rotations",
     "localize",
+    "keep_aspect",
 )
 WRONG |= {name: [0, -1, 1.5, None] for name in COUNTED} | {name: ["no", 1, None] for name in FLAGS}
-WRONG |= {name: [0, -1, 1.5, "2"] for name in ("max_epochs", "max_steps")} | {"num_hidden": [-1, 0.5]}
+WRONG |= {name: [0, -1, 1.5, "2"] for name in ("max_epochs", "max_steps", "crop_size")} | {"num_hidden": [-1, 0.5]}
 
 
 def parameters(cls: type[FlowDetector]) -> dict[str, inspect.Parameter]:
