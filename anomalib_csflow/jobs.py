@@ -44,6 +44,9 @@ class Cluster:
         if self.name not in CLUSTERS or self.jobs < 1:
             msg = f"jobs run on one of {', '.join(CLUSTERS)}, and 1 or more at once, got {self.name!r} and {self.jobs}"
             raise ValueError(msg)
+        if self.name == LOCAL and os.name != "posix":
+            msg = "submitit starts jobs on Linux and macOS only: on Windows, use its subsystem for Linux"
+            raise ValueError(msg)
         if self.name == SLURM and shutil.which("srun") is None:
             msg = (
                 "there is no SLURM here, as srun is not found: start this on a login node, or leave out --cluster slurm"

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from conftest import SMALL, folder_arguments, randomize
@@ -28,8 +27,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from traced_once import trace_once
 
 from anomalib_csflow import CSFlow, FeatureCache
-from anomalib_csflow.benchmark import __main__ as command_line
-from anomalib_csflow.benchmark.run import execute, stage
 from anomalib_csflow.engine.checkpoints import read_checkpoint
 from anomalib_csflow.features.store import FeatureStore
 
@@ -230,61 +227,11 @@ def overwrites(work: Callable[..., None], look: Callable[[], None], count: int, 
         forked(look)
 
 
-# -- benchmarks ----------------------------------------------------------------------------------------
-
-
-def benchmark(out: Path) -> None:
-    """Two runs, in this process: a kill comes anywhere in what a stage writes."""
-
-    def here(name: str, place: Path, env: dict[str, str]) -> str:
-        if name == "export":
-            return "exports have kills of their own"
-        stage.write_json(place / "fit.json", stage.fit(stage.Run.load(place / "run.json"), place))
-        return ""
-
-    execute._stage = here
-    sys.argv = ["benchmark", f"--config={folder / 'benchmark.yaml'}", f"--out={out}"]
-    command_line.main()
-
-
-def benchmarks(count: int) -> None:
-    """Kill benchmarks, and go on with each until it is done; its table is that of one that was never killed."""
-    arguments = {name: SMALL[name] for name in ("backbone", "layer", "weights", "hidden_channels", "standardize", "lr")}
-    entry = {"class_path": "RealNVP", "epochs": 1, "train_batch_size": 4, "init_args": {**arguments, "image_size": 64}}
-    data = folder / "data/textures"
-    data.mkdir(parents=True)
-    for name in ("train", "test"):
-        (data / name).symlink_to(images / name)
-    config = {"detectors": [entry], "data": str(data), "seeds": [0, 1], "accelerator": "cpu"}
-    (folder / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    whole = timed(lambda: benchmark(folder / "true"))
-    turn = out = 0
-    while turn < count:
-        out += 1
-        while turn < count and forked(lambda out=out: benchmark(folder / str(out)), instants.uniform(0.1, 0.9) * whole):
-            turn += 1
-        forked(lambda out=out: benchmark(folder / str(out)))
-        forked(lambda out=out: compare(folder / str(out), folder / "true"))
-
-
-MEASURED = {"run_s", "finished", "fit_s", "fit_cpu_s", "fit_peak_mb", "commit"}
-
-
-def compare(out: Path, true: Path) -> None:
-    """All figures are equal, but for time and memory."""
-    rows, expected = (json.loads((root / "results.json").read_text())["rows"] for root in (out, true))
-    kept, right = ([{k: v for k, v in row.items() if k not in MEASURED} for row in table] for table in (rows, expected))
-    assert kept == right, (kept, right)
-    assert all(row["status"] == "done" for row in kept)
-    assert (out / "report.html").is_file()
-
-
 KINDS: dict[str, Callable[[int], None]] = {
     "fit": fits,
     "checkpoint": lambda count: overwrites(save_checkpoints, look_at_checkpoints, count, 20),
     "torch": lambda count: overwrites(export_modules, look_at_exports, count, 20),
     "export": lambda count: overwrites(export, look_at_exports, count, 6),
-    "benchmark": benchmarks,
 }
 for kind, _, number in (argument.partition("=") for argument in sys.argv[4:]):
     folder = root / kind

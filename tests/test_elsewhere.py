@@ -20,6 +20,7 @@ NAMES = {
 """Attributes of modules that are everywhere."""
 GUARDED = {
     "benchmark/run/timing.py": {"resource"},
+    "jobs.py": {"os.kill"},
     "features/store.py": {"os.getuid"},
     "features/trust.py": {"os.getuid"},
 }
