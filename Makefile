@@ -50,7 +50,7 @@ floors: requirements/floors.txt pyproject.toml
 
 newest: pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)-newest
-	$(VENV)-newest/bin/pip install $(PIP_ARGS) -e '.[openvino,onnx,offline,demo,benchmark,dev]'
+	$(VENV)-newest/bin/pip install $(PIP_ARGS) -e '.[openvino,onnx,offline,demo,cluster,benchmark,dev]'
 	$(VENV)-newest/bin/pytest -n 0 -W ignore
 
 $(VENV)/bin/python:

@@ -14,6 +14,9 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
+from .engine.whole_files import whole_file
+from .runtime.bundle import sha256
+
 GOOD = ("train/good", "good", ".")
 SIZES = ("train_batch_size", "eval_batch_size", "num_workers")
 
@@ -42,7 +45,7 @@ class Fit:
         """Whether a fit with these settings has ended well, and its checkpoint is as it was written."""
         checkpoint, found = self.folder / "model.ckpt", self.result
         is_ended = found.get("status") == "done" and found["settings"] == settings and checkpoint.is_file()
-        return is_ended and found["digest"] == digest(checkpoint)
+        return is_ended and found["digest"] == sha256(checkpoint)
 
 
 def good_images(part: Path) -> tuple[Path, list[Path]]:
@@ -67,15 +70,6 @@ def _images(folder: Path) -> Iterator[Path]:
     suffixes = Image.registered_extensions()
     for path, _, names in os.walk(folder, followlinks=True):
         yield from (Path(path) / name for name in names if Path(name).suffix.lower() in suffixes)
-
-
-def digest(file: Path) -> str:
-    """Digest of a file's content."""
-    found = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> str:
@@ -139,7 +133,7 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
     return {
         "status": "done",
-        "digest": digest(folder / "model.ckpt"),
+        "digest": sha256(folder / "model.ckpt"),
         "s": time.perf_counter() - start,
         "rate": made and made.rate,
         "promise": made and str(made),
@@ -148,6 +142,5 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def write(path: Path, values: dict[str, Any]) -> None:
     """Write a file in one step."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1))
-    partial.replace(path)
+    with whole_file("a fit's record", path) as partial:
+        partial.write_text(json.dumps(values, indent=1))

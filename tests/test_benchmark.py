@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import SMALL
 from filelock import FileLock
 from huggingface_hub import constants
 from killing import end_killed_at_random
@@ -76,6 +77,18 @@ def predictions(count: int = 20, side: int = 32) -> accuracy.Predictions:
     scores = labels + 0.3 * torch.randn(count, generator=generator)
     paths = [Path(("good", "hole", "good", "crack")[i % 4]) / f"{i:02d}.png" for i in range(count)]
     return accuracy.Predictions(paths, scores, labels, maps, masks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_timed_at_the_size_that_its_fit_gave_it(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
+    arguments = SMALL | {"image_size": 96, "keep_aspect": True, "num_scales": 1, "max_steps": 2}
+    made = one_run(mvtec_layout, {"class_path": "CSFlow", "train_batch_size": 4, "init_args": arguments})
+    folder = tmp_path / "out" / "runs" / made.slug
+    folder.mkdir(parents=True)
+    assert stage.fit(made, folder)["image_size"] == [96, 112]  # of images of 150 x 180 pixels
+    stage.export(made, folder)
+    with np.load(folder / "batches.npz") as batches:
+        assert batches["b1"].shape == (1, 3, 96, 112)
 
 
 @pytest.mark.filterwarnings("ignore")

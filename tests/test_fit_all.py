@@ -124,7 +124,7 @@ def test_what_is_done_again(tmp_path: Path) -> None:
     first = settings()
     checkpoint = fit.folder / "model.ckpt"
     checkpoint.write_text("whole")
-    result = {"status": "done", "settings": first, "digest": fit_job.digest(checkpoint)}
+    result = {"status": "done", "settings": first, "digest": fit_job.sha256(checkpoint)}
     (fit.folder / "result.json").write_text(json.dumps(result))
     assert fit.is_done(settings())
     assert not fit.is_done(settings(("--model.lr", "1")))

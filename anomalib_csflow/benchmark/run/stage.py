@@ -24,6 +24,7 @@ from torch.onnx import OnnxExporterError
 from torchvision.transforms.v2 import Resize
 
 from anomalib_csflow.benchmark.rows import write_json
+from anomalib_csflow.engine.detector import FlowDetector
 
 from . import accuracy, build, measure, samples, timing
 from .plan import Run, datamodule
@@ -41,7 +42,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
     if not length and not {"max_epochs", "max_steps"} & model.trainer_arguments.keys():
         msg = f"{run.detector.name} does not say how long it trains: set epochs or steps in the configuration"
         raise ValueError(msg)
-    row: dict[str, Any] = build.settings(run, model)
+    row: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as root:
         quiet: dict[str, Any] = {"enable_model_summary": False, "logger": False}
         before = cpu_seconds()
@@ -51,6 +52,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
         if torch.cuda.is_available():
             row["fit_device_mb"] = torch.cuda.max_memory_allocated() / 1e6
         predictions = measure.predict(model, data, Path(root), logger=False, **trainer)
+    row |= build.settings(run, model)  # after the fit, which may have set the size
     row |= {
         "threads": torch.get_num_threads(),
         "device": model.trainer.strategy.root_device.type,
@@ -72,7 +74,7 @@ def fit(run: Run, folder: Path) -> dict[str, Any]:
     np.savez_compressed(folder / "scores.npz", **scores)
     if run.in_full:
         samples.save(predictions, folder, folder.parent.parent / "samples" / run.data.name)
-    torch.save(model.model.state_dict(), folder / "model.pt")
+    torch.save({"size": row["image_size"], "state": model.model.state_dict()}, folder / "model.pt")
     return row
 
 
@@ -88,7 +90,10 @@ def test_images(data: AnomalibDataModule, model: AnomalibModule, count: int) -> 
 def export(run: Run, folder: Path) -> dict[str, Any]:
     """Time the model in torch, export it to OpenVINO, and store the batches for timing it there."""
     model, data = build.model(run), datamodule(run)
-    model.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    kept = torch.load(folder / "model.pt", weights_only=True)
+    if isinstance(model, FlowDetector) and kept["size"] != build.image_size(model):  # the training images set it
+        model.take_size((kept["size"][0], kept["size"][1]))
+    model.model.load_state_dict(kept["state"])
     device = "cuda" if torch.cuda.is_available() and run.accelerator != "cpu" else "cpu"
     model.eval().to(device)
     row: dict[str, Any] = {}

@@ -243,19 +243,8 @@ class CSFlow(FlowDetector):
 
         images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect)
         training = TrainingOptions(
-            *(
-                lr,
-                schedule,
-                max_epochs,
-                gradient_clip_norm,
-                weight_decay,
-                betas,
-                eps,
-                bfloat16,
-                max_steps,
-                noise,
-                crop_size,
-            )
+            *(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16, max_steps, noise),
+            crop_size=crop_size,
         )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
