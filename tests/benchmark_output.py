@@ -43,6 +43,10 @@ def drawn_row(detector: str, data: str, seed: int, quality: float, generator: np
         "AUPRO": 0.5 + 0.4 * quality + noise[4],
         "pixel_F1": 0.4 + 0.3 * quality + noise[5],
         "AUPIMO": 0.3 + 0.5 * quality + noise[6],
+        "recall_5": 0.6 + 0.3 * quality,
+        "false_alarms_5": 0.05,
+        "recall_1": None,  # too few good images
+        "false_alarms_1": None,
         "fit_s": 40 + 300 * quality,
         "fit_peak_mb": 1500 + 900 * quality,
         "inference_peak_mb": 800.5,

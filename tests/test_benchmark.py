@@ -417,7 +417,8 @@ def test_recipes_of_the_default_configuration() -> None:
 
 def test_metrics_against_a_case_that_is_known() -> None:
     found = accuracy.evaluate(predictions())
-    assert all(0.5 < found[name] <= 1 for name in found if name != "AUPIMO"), found
+    few = {"AUPIMO", "recall_1", "false_alarms_1", "recall_5", "false_alarms_5"}  # too few good images for these
+    assert all(0.5 < found[name] <= 1 for name in found if name not in few), found
     perfect = accuracy.Predictions(
         predictions().paths, predictions().labels.float(), predictions().labels, None, predictions().masks
     )
@@ -444,6 +445,31 @@ def test_f1_has_no_value_where_a_half_has_no_defect() -> None:
     )
     assert found["image_AUROC"] == 1
     assert np.isnan(found["image_F1"])  # and not 0.18, of a threshold that no defect chose
+
+
+def judged(good: int, shift: float) -> dict[str, float]:
+    """The calibrated verdicts on normal scores of good images, and of 100 defective ones that are ``shift`` higher."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * good + [1] * 100).bool()
+    scores = torch.randn(good + 100, generator=generator) + shift * labels
+    paths = [Path(f"{i:04d}.png") for i in range(len(labels))]
+    return accuracy.verdicts(accuracy.Predictions(paths, scores, labels, None, None))
+
+
+def test_calibrated_verdicts() -> None:
+    found = judged(2000, 2.0)
+    for percent, quantile in ((1, 2.326), (5, 1.645)):
+        rate = percent / 100
+        assert found[f"false_alarms_{percent}"] == pytest.approx(rate, abs=3 * (2 * rate / 2000) ** 0.5)
+        expected = float(torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(2 - quantile)))
+        assert found[f"recall_{percent}"] == pytest.approx(expected, abs=0.15)
+    assert judged(2000, 9.0)["recall_1"] == 1
+
+
+@pytest.mark.parametrize(("good", "promised"), [(0, []), (23, []), (24, [5]), (123, [5]), (124, [1, 5])])
+def test_verdicts_promise_no_more_than_the_good_images_allow(good: int, promised: list[int]) -> None:
+    found = judged(good, 2.0)
+    assert [percent for percent in (1, 5) if not np.isnan(found[f"recall_{percent}"])] == promised
 
 
 def test_scores_keep_their_order() -> None:

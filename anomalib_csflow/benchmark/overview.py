@@ -34,6 +34,14 @@ METRICS = tuple(
     Column(key, key.replace("_", " "), "Accuracy", higher=True, digits=3)
     for key in ("image_AUROC", "AUPRO", "pixel_AUROC", "AUPIMO", "image_AP", "image_F1", "pixel_F1")
 )
+VERDICTS = tuple(
+    column
+    for percent in (5, 1)
+    for column in (
+        Column(f"recall_{percent}", f"defects found at {percent} %", "Calibrated verdict", higher=True, digits=3),
+        Column(f"false_alarms_{percent}", f"false alarms at {percent} %", "Calibrated verdict", digits=3),
+    )
+)
 COSTS = (
     Column("fit_s", "fit, s", "Cost"),
     Column("fit_cpu_s", "fit, CPU s", "Cost"),
@@ -52,7 +60,7 @@ SPEEDS = tuple(
     for batch in (1, 8)
     for key, title in (("p50_ms", "median, ms"), ("p95_ms", "95 %, ms"), ("per_s", "images/s"))
 )
-COLUMNS = METRICS + COSTS + SPEEDS
+COLUMNS = METRICS + VERDICTS + COSTS + SPEEDS
 BY_KEY = {column.key: column for column in COLUMNS}
 NONE = "\N{EN DASH}"  # shown for values that were not measured
 
