@@ -54,6 +54,7 @@ WRONG: dict[str, list[Any]] = {
     "map_mode": ["max", None],
     "image_score": ["max", None],
     "score_by": ["max", None],
+    "region": [7, "no/such/file.png"],
 }
 """Values that are refused, by an argument's name."""
 COUNTED = (

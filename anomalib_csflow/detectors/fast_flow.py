@@ -114,6 +114,8 @@ class FastFlow(FlowDetector):
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        region: file of a black and white image, as large as the images are or smaller: only what is white in it is
+            inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
@@ -154,6 +156,7 @@ class FastFlow(FlowDetector):
         max_epochs: int | None = None,
         max_steps: int | None = None,
         noise: Noise = 0.0,
+        region: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -168,7 +171,7 @@ class FastFlow(FlowDetector):
             features = LayerPyramid(FrozenLayers(network, layers, final_norm=True))
             return FastFlowModel(features, num_steps, kernel_sizes, hidden_ratio, clamp, standardize, top_share)
 
-        images = ImageOptions(backbone, weights, image_size, antialias)
+        images = ImageOptions(backbone, weights, image_size, antialias, region=region)
         training = TrainingOptions(
             lr, schedule, max_epochs, gradient_clip_norm, weight_decay, max_steps=max_steps, noise=noise
         )

@@ -27,7 +27,7 @@ FLAGS = (
     *("antialias", "standardize", "whiten", "bfloat16", "recompute", "permute_soft", "fixed_train_rotations"),
     *("localize", "keep_aspect"),
 )
-OPTIONAL = ("kernel_sizes", "gradient_clip_norm", "max_epochs", "max_steps", "crop_size")
+OPTIONAL = ("kernel_sizes", "gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region")
 """May be None too."""
 
 LARGEST_KERNEL = 15
@@ -58,6 +58,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("backbone", "layer"), ("a name", lambda x: isinstance(x, str))),
     "layers": ("a list of names", lambda x: _each(x, lambda one: isinstance(one, str), range(1000))),
     "top_share": ("a number", lambda x: _is_number(x, -math.inf)),  # scoring says which
+    "region": ("a path", lambda x: isinstance(x, (str, PathLike))),
     "weights": ("hub, package, random or a path", lambda x: isinstance(x, (str, PathLike))),
     "kernel_sizes": (
         f"one or more whole numbers from 1 to {LARGEST_KERNEL}",

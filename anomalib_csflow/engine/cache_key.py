@@ -11,6 +11,8 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 from torchvision.transforms import v2
 
+from .region import Region, RegionPreProcessor
+
 FIXED_TRANSFORMS = (
     v2.CenterCrop,
     v2.Grayscale,
@@ -22,6 +24,7 @@ FIXED_TRANSFORMS = (
     v2.ToDtype,
     v2.ToImage,
     v2.ToPureTensor,
+    Region,
 )
 """Transforms that do the same to an image every time, whose attributes are all that they do it by."""
 
@@ -73,7 +76,7 @@ def pre_processor_key(pre_processor: PreProcessor | None) -> str:
     Raises:
         UnkeyedError: if it is of a class of its own, or see :func:`transform_key`.
     """
-    if pre_processor is not None and type(pre_processor) is not PreProcessor:
+    if pre_processor is not None and type(pre_processor) not in (PreProcessor, RegionPreProcessor):
         msg = f"the pre-processor is a {type(pre_processor).__name__}, which may do more to images than its transform"
         raise UnkeyedError(msg)
     return transform_key(pre_processor and pre_processor.transform)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from zlib import crc32
 
 import torch
 from anomalib.models.components import AnomalibModule
@@ -77,6 +78,7 @@ class LeanCheckpoints(LightningModule):
         """Values of all arguments that change scores or maps, by name."""
         images = self.image_options
         values = {"backbone": images.backbone, "image_size": images.size, "antialias": images.antialias}
+        values["region"] = images.region and f"mask {crc32(images.region.encode()):08x}"
         values |= {name: self.hparams[name] for name in self.output_arguments if name in self.hparams}
         return {name: _plain(value) for name, value in values.items()}
 

@@ -68,10 +68,12 @@ class FlowDetector(FlowInputs, FlowFitting, FlowOptimization, LeanCheckpoints, F
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
         self.roles = {}
-        if image_options.keep_aspect and isinstance(pre_processor, PreProcessor):
-            msg = "keep_aspect=True makes the pre-processor when a fit begins: leave out pre_processor"
+        made_here = "keep_aspect=True" if image_options.keep_aspect else "region" if image_options.region else None
+        if made_here and isinstance(pre_processor, PreProcessor):
+            msg = f"{made_here} needs the detector's own pre-processor: leave out pre_processor"
             raise ValueError(msg)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.hparams["region"] = image_options.region  # and not a file that may be gone when a checkpoint is loaded
         self.keep_backbone = image_options.weights == "random"  # which cannot be loaded again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
         if self.input_size is not None:

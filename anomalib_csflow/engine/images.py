@@ -21,6 +21,8 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_csflow.features import weights
 from anomalib_csflow.runtime.detector import WIDE_MODES
 
+from .region import Region, RegionPreProcessor, packed
+
 MANY = 500  # from this number of files on, the check takes seconds and shows its progress
 
 
@@ -37,6 +39,7 @@ class ImageOptions:
         antialias: whether to resize with antialiasing.
         keep_aspect: whether one number for ``image_size`` is the shorter side, and the first training images' aspect
             ratio gives the other when a fit begins.
+        region: mask of the part of the images that is inspected: a file, which becomes text that checkpoints contain.
     """
 
     backbone: str
@@ -44,6 +47,12 @@ class ImageOptions:
     image_size: int | tuple[int, int]
     antialias: bool
     keep_aspect: bool = False
+    region: str | None = None
+
+    def __post_init__(self) -> None:
+        """Read the region's file now, since a checkpoint may be loaded where there is no such file."""
+        if self.region is not None:
+            object.__setattr__(self, "region", packed(self.region))
 
     @property
     def is_open(self) -> bool:
@@ -56,7 +65,7 @@ class ImageOptions:
         return [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
 
     def pre_processor(self, size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize to ``size`` (default: ``image_size``), and normalize with the backbone's mean and standard deviation.
+        """Resize to ``size`` (default: ``image_size``), normalize as for the backbone, and paint all but the region.
 
         Raises:
             ValueError: on an unknown backbone, or a size that is not positive.
@@ -67,7 +76,10 @@ class ImageOptions:
             msg = f"image_size must be positive, got {pixels}"
             raise ValueError(msg)
         mean, std = weights.normalization(self.backbone)
-        return PreProcessor(Compose([Resize(pixels, antialias=self.antialias), Normalize(mean, std)]))
+        steps = [Resize(pixels, antialias=self.antialias), Normalize(mean, std)]
+        if self.region is None:
+            return PreProcessor(Compose(steps))
+        return RegionPreProcessor(Compose([*steps, Region(self.region, (pixels[0], pixels[1]))]))
 
 
 def size_like(files: Iterable[str], shorter: int, multiple: int) -> tuple[int, int]:

@@ -25,8 +25,8 @@ VERDICT_FOLDS = 5
 """Parts of the test images: each is judged by a threshold from the good images of the others."""
 PIXEL_METRICS = ("pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO")
 THRESHOLD = (
-    "of each half of the test images the F1 threshold was chosen on the other half, and of each fifth the thresholds for "
-    "1 % and 5 % false alarms were calibrated on the good images of the other four"
+    "of each half of the test images the F1 threshold was chosen on the other half, and of each fifth the thresholds "
+    "for 1 % and 5 % false alarms were calibrated on the good images of the other four"
 )
 CURVE_POINTS = 200
 PIXELS_FOR_F1 = 20_000_000
@@ -129,7 +129,7 @@ def verdicts(predictions: Predictions) -> dict[str, float]:
     calibration = [
         torch.cat([other.scores[~other.labels] for other in folds if other is not fold]).numpy() for fold in folds
     ]
-    values = {}
+    values: dict[str, float] = {}
     for percent in (1, 5):
         rates = float("nan"), float("nan")
         if min(map(len, calibration)) >= images_needed(percent / 100):

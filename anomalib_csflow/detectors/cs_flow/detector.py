@@ -150,6 +150,8 @@ class CSFlow(FlowDetector):
             positions, which puts score and map on one scale.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
+        region: file of a black and white image, as large as the images are or smaller: only what is white in it is
+            inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
@@ -207,6 +209,7 @@ class CSFlow(FlowDetector):
         whiten: bool = False,
         image_score: ImageScore = "energy",
         top_share: float = 0.0,
+        region: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -241,7 +244,7 @@ class CSFlow(FlowDetector):
                 features, kernel_sizes, hidden_channels, clamp, standardize, whiten, *scores, recompute=recompute
             )
 
-        images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect)
+        images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect, region)
         training = TrainingOptions(
             *(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16, max_steps, noise),
             crop_size=crop_size,

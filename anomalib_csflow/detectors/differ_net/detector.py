@@ -85,6 +85,8 @@ class DifferNet(FlowDetector):
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
+        region: file of a black and white image, as large as the images are or smaller: only what is white in it is
+            inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
@@ -135,6 +137,7 @@ class DifferNet(FlowDetector):
         max_epochs: int | None = None,
         max_steps: int | None = None,
         noise: Noise = 0.0,
+        region: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -148,7 +151,7 @@ class DifferNet(FlowDetector):
             features = PooledPyramid(FrozenBackbone(network, layer), num_scales)
             return DifferNetModel(features, num_blocks, hidden_channels, clamp, standardize, num_test_rotations, black)
 
-        images = ImageOptions(backbone, weights, image_size, antialias)
+        images = ImageOptions(backbone, weights, image_size, antialias, region=region)
         training = TrainingOptions(
             lr, schedule, max_epochs, None, weight_decay, betas, eps, max_steps=max_steps, noise=noise
         )
