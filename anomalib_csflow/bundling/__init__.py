@@ -84,6 +84,9 @@ def bundle(
     if unknown or not formats:
         msg = f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}" if unknown else "give a format"
         raise ValueError(msg)
+    if reference is not None and not Path(reference).exists():
+        msg = f"there is no folder {reference}: give one with good images as reference"
+        raise FileNotFoundError(msg)
     if "int8" in formats:
         formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # the 8-bit model is made from it
     good = good_images(reference) if "int8" in formats else []
