@@ -1,5 +1,6 @@
 # make demo       trains, tests and exports CS-Flow on real textures; pictures and a table in ./demo
-# make check      runs all checks: format, lint, types, documentation, doctests, tests and notebooks
+# make check      runs format, lint, types, documentation, doctests and tests
+# make slow       runs the tests that take long, and the notebooks
 # make docs       builds the documentation in docs/_build/html
 # make format     formats the code and fixes what the linter can fix
 # make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
@@ -15,7 +16,7 @@ BIN = $(VENV)/bin
 
 DOCS = $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --nitpicky --fresh-env --write-all docs docs/_build/html
 
-.PHONY: demo check docs format benchmark floors newest long
+.PHONY: demo check slow docs format benchmark floors newest long
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,7 +28,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(DOCS)
-	$(BIN)/pytest -n 2 --durations=15
+	$(BIN)/pytest -n 2 -m 'not slow and not long' --durations=15
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -n 2 -m 'slow and not long' --durations=15
 	$(BIN)/pytest -n 0 --nbmake notebooks
 
 docs: $(VENV)/.installed-dev

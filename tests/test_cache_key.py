@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from anomalib.data import Folder, ImageItem
+from anomalib.data import Folder, ImageBatch, ImageItem
 from anomalib.data.datasets.base.image import AnomalibDataset
 from anomalib.data.datasets.image.folder import FolderDataset
 from anomalib.data.datasets.image.mvtec_loco import MVTecLOCODataset
+from anomalib.pipelines.tiled_ensemble.components.utils.ensemble_tiling import EnsembleTiler, TileCollater
 from anomalib.pre_processing import PreProcessor
 from test_feature_cache import files, fit
 from torchvision import tv_tensors
@@ -147,6 +148,10 @@ def test_classes_of_the_hosts_alone_have_keys() -> None:
     check_datamodule(Folder("a", "b"))
     with pytest.raises(UnkeyedError, match="Dimmed has a on_after_batch_transfer of its own"):
         check_datamodule(Dimmed("a", "b"))
+    tiled = Folder("a", "b")
+    tiled.external_collate_fn = TileCollater(EnsembleTiler(8, 8, 16), (0, 1), default_collate_fn=ImageBatch.collate)
+    with pytest.raises(UnkeyedError, match="the datamodule's batches are made by TileCollater"):
+        check_datamodule(tiled)
 
 
 @pytest.mark.parametrize("kind", ["data set", "pre-processor"])

@@ -224,7 +224,7 @@ def test_a_bundle_is_not_written_over(checkpoint: Path, made: Path, tmp_path: Pa
         cli.main(["bundle", "--ckpt_path", __file__, "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit, match="there is no checkpoint"):
         cli.main(["bundle", "--ckpt_path", "nothing.ckpt", "--out", str(tmp_path / "x")])
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere: give one with good images"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere: give one with good images"):
         bundling.bundle(tmp_path / "none.ckpt", tmp_path / "new", reference=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown format 'tensorrt'"):
         bundling.bundle(checkpoint, tmp_path / "x", formats=["tensorrt"])  # type: ignore[list-item]

@@ -94,6 +94,11 @@ def data_key(dataset: object) -> str:
 def check_datamodule(datamodule: object) -> None:
     """Raise UnkeyedError if a datamodule makes or moves batches by code that is not anomalib's or Lightning's."""
     _code_key(datamodule, LOADING)
+    collate: Any = getattr(datamodule, "external_collate_fn", None)
+    if collate is not None:  # such as anomalib's tiled ensemble, which makes another tile of an image for each model
+        name = getattr(collate, "__name__", type(collate).__name__)
+        msg = f"the datamodule's batches are made by {name}, which may change images from time to time"
+        raise UnkeyedError(msg)
 
 
 def _code_key(owner: object, names: Sequence[str]) -> str:
