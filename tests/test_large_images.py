@@ -99,3 +99,11 @@ def test_sizes_need_images_and_an_own_pre_processor() -> None:
         CSFlow(**LARGE, pre_processor=PreProcessor())
     with pytest.raises(ValueError, match="needs one of anomalib's datamodules"):
         training_files(None)
+
+
+@pytest.mark.refits
+def test_refits_have_the_size_that_the_images_gave(wide_images: Path, tmp_path: Path) -> None:
+    detector = CSFlow(**LARGE | {"post_processor": True}, max_steps=2)
+    fit(detector, folder(wide_images), tmp_path)
+    assert detector.post_processor.made.kind == "estimated"
+    assert detector.post_processor.num_good == 10

@@ -54,10 +54,12 @@ def test_only_the_region_counts(cls: type[FlowDetector], left_half: str) -> None
         assert torch.equal(all_of_it.anomaly_map, outside.anomaly_map)
 
 
+@pytest.mark.refits
 def test_checkpoints_and_exports_contain_it(left_half: str, image_folder: Path, tmp_path: Path) -> None:
     detector = CSFlow(**SMALL | {"image_size": 64, "antialias": False}, region=left_half, max_steps=2)
     engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", logger=False)
     engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
+    assert detector.post_processor.made.kind == "estimated"  # with refits, which have the region too
     Path(left_half).unlink()
     loaded = CSFlow.load_from_checkpoint(engine.best_model_path).eval()
     session = onnxruntime.InferenceSession(loaded.to_onnx(tmp_path))

@@ -77,7 +77,8 @@ def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
 def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) -> None:
     """Fit a detector with the same arguments and backbone, for as long as the given one was fitted."""
     arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
-    refitted = type(detector)(**arguments, **COMPONENTS | {"pre_processor": detector.pre_processor or False})
+    refitted = type(detector)(**arguments, **COMPONENTS)
+    refitted.pre_processor = detector.pre_processor  # which a region, or the images' aspect ratio, may have made
     refitted.model.features.load_state_dict(detector.model.features.state_dict())
     refitted.compiled = detector.compiled
     own = detector.trainer
