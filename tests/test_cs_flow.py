@@ -9,7 +9,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from conftest import SMALL, randomize
 
-from anomalib_csflow import CSFlow
+from anomalib_csflow import CSFlow, scoring
 from anomalib_csflow.engine.precision import computes_bfloat16
 from anomalib_csflow.features.weights import WeightsError
 from anomalib_csflow.flows import CrossScaleCoupling
@@ -132,3 +132,15 @@ def test_training_on_good_images_finds_defects(datamodule: Folder, tmp_path: Pat
     (metrics,) = engine.test(detector, datamodule=datamodule)
     assert metrics["image_AUROC"] == 1.0
     assert metrics["pixel_AUROC"] > 0.9
+
+
+def test_an_image_score_of_the_levels_mean(detector: CSFlow) -> None:
+    arguments = {**SMALL, "image_size": 64, "num_scales": 3, "top_share": 0.1, "map_mode": "soft_minimum"}
+    models = {score: CSFlow(**arguments, image_score=score).model.eval() for score in ("map", "levels")}
+    latents = tuple(torch.randn(4, 8, side, side) for side in (8, 4, 2))
+    by_map, by_levels = (models[score].score(latents, (64, 64)) for score in ("map", "levels"))
+    torch.testing.assert_close(by_levels.anomaly_map, by_map.anomaly_map)
+    torch.testing.assert_close(by_map.pred_score, scoring.top_mean(by_map.anomaly_map, 0.1))
+    mean = scoring.upsampled(scoring.mean_squares(latents), (8, 8)).mean(0)
+    torch.testing.assert_close(by_levels.pred_score, scoring.top_mean(mean, 0.1))
+    assert not torch.allclose(by_levels.pred_score, by_map.pred_score)

@@ -40,8 +40,9 @@ from anomalib_csflow.flows import (
 
 from .reference import convert_reference_flow
 
-ImageScore = Literal["energy", "map"]
-"""What the image score is computed from: the latents' mean energy, or the highest positions of the map."""
+ImageScore = Literal["energy", "map", "levels"]
+"""What the image score is computed from: the latents' mean energy, or the highest positions of the map, or those of the
+levels' mean, which are also high where only some levels find a position unusual."""
 
 
 class CSFlowModel(FlowModel):
@@ -56,7 +57,7 @@ class CSFlowModel(FlowModel):
         whiten: let that layer decorrelate the channels too.
         map_mode: how levels are combined into a map, see :func:`anomalib_csflow.scoring.anomaly_map`.
         image_score: what the image score is computed from, see :class:`CSFlow`.
-        top_share: share of the map's positions that the image score is computed from, if it comes from the map.
+        top_share: share of the positions that the image score is computed from, unless it is the energy.
         recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
     """
 
@@ -91,14 +92,16 @@ class CSFlowModel(FlowModel):
         self.level_scale = LevelScale(len(dims)) if map_mode == "soft_minimum" else None
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Score: mean energy of all levels (eq. 8), or the map's highest positions. Map: mean squares (section 3.4)."""
+        """Score: mean energy of all levels (eq. 8), or the highest positions. Map: mean squares (section 3.4)."""
         levels = scoring.mean_squares(latents)
         if self.level_scale is not None:
             levels = self.level_scale(levels)
         anomaly_map = scoring.anomaly_map(levels, size, self.map_mode)
-        by_energy = self.image_score == "energy"
-        score = scoring.mean_energy(latents) if by_energy else scoring.top_mean(anomaly_map, self.top_share)
-        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+        if self.image_score == "energy":
+            return InferenceBatch(pred_score=scoring.mean_energy(latents), anomaly_map=anomaly_map)
+        finest = (levels[0].shape[2], levels[0].shape[3])
+        scored = anomaly_map if self.image_score == "map" else scoring.anomaly_map(levels, finest, "mean")
+        return InferenceBatch(pred_score=scoring.top_mean(scored, self.top_share), anomaly_map=anomaly_map)
 
 
 class CSFlow(FlowDetector):
@@ -146,8 +149,8 @@ class CSFlow(FlowDetector):
         crop_size: train on random squares of this many pixels of each image's features; scores and maps are of whole
             images. So a step on large images costs no more than one on small ones.
         whiten: let the layer that ``standardize`` adds decorrelate the channels too.
-        image_score: ``energy`` (the paper's), the mean over all latents, or ``map``, the mean over the map's highest
-            positions, which puts score and map on one scale.
+        image_score: ``energy`` (the paper's), the mean over all latents; ``map``, the mean over the map's highest
+            positions; or ``levels``, the same of the levels' mean, whatever the map's fusion.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
