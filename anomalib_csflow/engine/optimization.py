@@ -32,7 +32,7 @@ Noise = float | Literal["auto"]
 """Gaussian noise on the training features, in standard deviations of each channel.
 
 It keeps a flow from learning a few images by heart. The learned density, whose likelihoods are exact, is that of the
-noisy features. ``auto`` is ``(20 / n)^0.8`` for n training images, but at most 1.
+noisy features. ``auto`` is ``(20 / n)^(2/3)`` for n training images, but at most 1.
 """
 WARMUP_START = 0.1
 """Share of the learning rate at which the warm-up of CFLOW-AD and MSFlow begins."""
@@ -69,7 +69,7 @@ class TrainingOptions:
 
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""
-        return min(1.0, (20 / max(num_images, 1)) ** 0.8) if self.noise == "auto" else float(self.noise)
+        return min(1.0, (20 / max(num_images, 1)) ** (2 / 3)) if self.noise == "auto" else float(self.noise)
 
 
 def warmup_cosine(progress: float) -> float:
