@@ -79,6 +79,7 @@ def predictions(count: int = 20, side: int = 32) -> accuracy.Predictions:
     return accuracy.Predictions(paths, scores, labels, maps, masks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_is_timed_at_the_size_that_its_fit_gave_it(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
     arguments = SMALL | {"image_size": 96, "keep_aspect": True, "num_scales": 1, "max_steps": 2}
@@ -108,6 +109,7 @@ def test_a_fit_ends_after_its_steps(mvtec_layout: Path, tmp_path: Path, hub: Pat
         stage.fit(one_run(mvtec_layout, silent), folder)
 
 
+@pytest.mark.slow
 def test_command_line_measures_goes_on_and_reports(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
     path, out = tmp_path / "benchmark.yaml", tmp_path / "out"
     broken = REAL_NVP | {"name": "Broken", "init_args": REAL_NVP["init_args"] | {"layer": "blocks.99"}}
@@ -189,6 +191,7 @@ def one_slug(out: Path, name: str) -> str:
     return folder.name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # a run ignores those of anomalib's models too
 def test_run_of_anomalibs_model(mvtec_layout: Path, tmp_path: Path, hub: Path) -> None:
     made = one_run(mvtec_layout, PATCHCORE)
@@ -537,6 +540,7 @@ def test_reasons_are_one_sentence(tmp_path: Path) -> None:
     assert job._reason(2, log) == "no words of Python's"
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "TEXTURES", ("brick",))
     monkeypatch.setattr(demo, "NUM_TRAIN", 16)

@@ -97,6 +97,7 @@ def checkpoint(results: Path) -> Path:
     return results / "textures" / "latest" / "weights" / "lightning" / "model.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", SMALL_MODELS.values(), ids=SMALL_MODELS.keys())
 def test_fit_test_train_predict_and_export(model: list[str], run: Run, image_folder: Path, tmp_path: Path) -> None:
     results = run("fit", *model, *QUICK)
@@ -120,6 +121,7 @@ def test_fit_test_train_predict_and_export(model: list[str], run: Run, image_fol
         assert (tmp_path / "weights" / kind / f"model.{suffix}").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", OF_CS_FLOW)
 def test_recipes(config: str, run: Run, image_folder: Path, tmp_path: Path) -> None:
     """Each recipe as it is, but for what needs a hub, hours or a GPU: weights, width, size and epochs."""
@@ -187,6 +189,7 @@ def test_benchmark_of_anomalib(image_folder: Path, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.rglob("results.csv"))
 
 
+@pytest.mark.slow
 def test_the_unchanged_anomalib_command(image_folder: Path, tmp_path: Path) -> None:
     """A process of its own, and nothing imported before: the dotted path is enough."""
     folder = ["--data=Folder", *arguments(folder_arguments(image_folder), "data")]

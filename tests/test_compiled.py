@@ -32,6 +32,7 @@ PYRAMIDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_features_are_torchs_at_every_size_and_number_of_images(name: str) -> None:
     features = PYRAMIDS[name]()
@@ -94,6 +95,7 @@ class Scores(Callback):
         self.library = computed_by(pl_module.compute).split()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CSFlow, DifferNet])
 def test_a_detector_scores_alike_with_and_without(
     kind: type, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -186,6 +186,7 @@ def test_maps_without_a_scale_are_refused(datamodule: Folder, tmp_path: Path, im
 # -- exports ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ExportType.TORCH, ExportType.OPENVINO])
 def test_exports_give_the_image_score_and_say_so(
     kind: ExportType,

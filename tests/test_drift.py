@@ -42,6 +42,7 @@ def delays(
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", [60, 300])
 def test_unchanged_streams(calibration: int) -> None:
     alarms = 0

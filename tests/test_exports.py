@@ -66,6 +66,7 @@ def test_load_from_checkpoint(trained: tuple[FlowDetector, Path]) -> None:
         torch.testing.assert_close(prediction.anomaly_map, expected.anomaly_map)
 
 
+@pytest.mark.slow
 def test_exports_agree(
     trained: tuple[FlowDetector, Path], images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

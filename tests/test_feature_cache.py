@@ -307,6 +307,7 @@ def fit_in_a_process_of_its_own(
     return [(int(count), float(loss), float(mean)) for count, loss, mean in found]
 
 
+@pytest.mark.slow
 def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
     ((images, loss, _),) = fit_in_a_process_of_its_own(image_folder, tmp_path, num_workers=2)
     ((images_off, loss_off, _),) = fit_in_a_process_of_its_own(image_folder, tmp_path, max_gb=0, num_workers=2)
@@ -314,6 +315,7 @@ def test_workers_share_the_work(image_folder: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(loss_off, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_distributed_processes_share_the_work(image_folder: Path, tmp_path: Path) -> None:
     processes = fit_in_a_process_of_its_own(image_folder, tmp_path, devices=2)
     assert len(processes) == 2

@@ -68,6 +68,7 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         )
 
 
+@pytest.mark.slow
 def test_a_killed_fit_is_done_again_and_a_finished_one_is_not(recipe: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "parts", tmp_path / "out"
     make_part(root / "first" / "good")

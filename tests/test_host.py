@@ -218,6 +218,7 @@ def exported(trained: tuple[CSFlow, Path], tmp_path_factory: pytest.TempPathFact
     }
 
 
+@pytest.mark.slow
 def test_openvino_inferencer_agrees(
     trained: tuple[CSFlow, Path],
     exported: dict[str, Path],
@@ -230,6 +231,7 @@ def test_openvino_inferencer_agrees(
     _compare(trained[0], images, inferencer.predict)
 
 
+@pytest.mark.slow
 def test_torch_inferencer_agrees(
     trained: tuple[CSFlow, Path], exported: dict[str, Path], images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +272,7 @@ def test_engine_and_export_see_the_same_pixels_without_antialiasing(
     assert (max(differences) < 1e-3) is not antialias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_exported_graphs_take_any_batch(
@@ -287,11 +290,13 @@ def test_exported_graphs_take_any_batch(
     assert expected.anomaly_map.std() > 1e-3
 
 
+@pytest.mark.slow
 def test_export_drops_what_is_not_used(exported: dict[str, Path], trained: tuple[CSFlow, Path]) -> None:
     parameters = sum(p.numel() for p in trained[0].model.parameters())
     assert exported["openvino"].with_suffix(".bin").stat().st_size < 4 * parameters + 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("input_size", [None, SIZE], ids=["any size", "fixed size"])
 def test_8_bit_models_are_calibrated_with_good_images_alone(
     input_size: tuple[int, int] | None, trained: tuple[CSFlow, Path], image_folder: Path, tmp_path: Path

@@ -42,6 +42,7 @@ MOST = 20
 """MB that may be added after the first fifth; the pixels of 500 images, as the network sees them, are 25."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says so")
 @pytest.mark.parametrize(
     ("kind", "count"),

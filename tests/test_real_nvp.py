@@ -110,6 +110,7 @@ def test_defaults_of_the_constructor() -> None:
         RealNVP(num_blocks=1, weights="random")
 
 
+@pytest.mark.slow
 def test_training_finds_defects_and_the_export_agrees(datamodule: Folder, tmp_path: Path) -> None:
     import openvino
 

@@ -54,6 +54,7 @@ def test_only_the_region_counts(cls: type[FlowDetector], left_half: str) -> None
         assert torch.equal(all_of_it.anomaly_map, outside.anomaly_map)
 
 
+@pytest.mark.slow
 @pytest.mark.refits
 def test_checkpoints_and_exports_contain_it(left_half: str, image_folder: Path, tmp_path: Path) -> None:
     detector = CSFlow(**SMALL | {"image_size": 64, "antialias": False}, region=left_half, max_steps=2)

@@ -35,6 +35,8 @@ from anomalib_csflow.runtime.detector import ImageError, read
 from anomalib_csflow.runtime.validate import Case, Measured, validate
 from anomalib_csflow.runtime.watch import Watch
 
+pytestmark = pytest.mark.slow  # a bundle is exported first
+
 ROOT = Path(__file__).parents[1]
 JSON = "application/json"
 
@@ -419,7 +421,6 @@ def output_of(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.slow
 def test_in_an_environment_with_nothing_else(made: Path, image_folder: Path, tmp_path: Path) -> None:
     """As the documentation says: ``pip install --no-deps``, and what the bundle's requirements.txt lists."""
     venv.create(tmp_path / "line", with_pip=True)

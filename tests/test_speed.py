@@ -10,6 +10,7 @@ SPEED = Path(__file__).parents[1] / "speed"
 SCRIPTS = sorted(path.stem for path in SPEED.glob("*.py") if path.stem != "side_by_side")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_runs_and_prints_both_sides(name: str) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (SPEED / "results").iterdir()}

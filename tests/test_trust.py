@@ -177,6 +177,7 @@ NOBODY = ["unshare", "--user", "--map-user=54321"]
 """Runs a command as a user who is not in passwd, as containers do."""
 
 
+@pytest.mark.slow
 def test_predict_by_a_user_who_is_nobody(image_folder: Path, tmp_path: Path) -> None:
     if not shutil.which("unshare") or subprocess.run([*NOBODY, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this system lets nobody be another user")

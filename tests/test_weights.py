@@ -127,6 +127,7 @@ def test_packages_that_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         create_backbone("tf_efficientnet_lite0", "package")
 
 
+@pytest.mark.slow
 def test_installed_weights_reach_anomalibs_own_models(tmp_path: Path) -> None:
     """In a process of its own, as a user would: install, then a PatchCore with pretrained weights."""
     code = (
