@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as ImageTensor
-from torchvision.tv_tensors import wrap
+from torchvision.tv_tensors import TVTensor, wrap
 
 HEAD = "data:image/png;base64,"
 WHITE = 128  # the least grey that is inspected
@@ -58,8 +58,6 @@ class Region(v2.Transform):
         size: height and width of the images.
     """
 
-    _transformed_types = (v2._utils.is_pure_tensor, ImageTensor)
-
     def __init__(self, region: str, size: tuple[int, int]) -> None:
         super().__init__()
         with Image.open(io.BytesIO(base64.b64decode(region[len(HEAD) :]))) as image:
@@ -69,6 +67,8 @@ class Region(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Multiply an image ``(..., C, H, W)`` by the mask; anything else, such as a true mask, stays as it is."""
         del params
+        if isinstance(inpt, TVTensor) and not isinstance(inpt, ImageTensor):
+            return inpt
         found: Tensor = inpt * self.mask.to(device=inpt.device, dtype=inpt.dtype)
         return wrap(found, like=inpt) if isinstance(inpt, ImageTensor) else found
 

@@ -21,9 +21,9 @@ from torchmetrics.functional.classification import (
 from anomalib_csflow.calibration import images_needed, threshold
 
 IMAGE_METRICS = ("image_AUROC", "image_AP", "image_F1")
+PIXEL_METRICS = ("pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO")
 VERDICT_FOLDS = 5
 """Parts of the test images: each is judged by a threshold from the good images of the others."""
-PIXEL_METRICS = ("pixel_AUROC", "AUPRO", "pixel_F1", "AUPIMO")
 THRESHOLD = (
     "of each half of the test images the F1 threshold was chosen on the other half, and of each fifth the thresholds "
     "for 1 % and 5 % false alarms were calibrated on the good images of the other four"
