@@ -10,6 +10,7 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from conftest import CFLOW, FAST_FLOW, MS_FLOW, SMALL
+from PIL import Image
 
 from anomalib_csflow import CFlow, CSFlow, DifferNet, FastFlow, MSFlow, RealNVP
 from anomalib_csflow.engine.checkpoints import CHECKPOINT_KEY, CheckpointError
@@ -185,3 +186,6 @@ def test_a_checkpoint_of_before_outputs_were_compared_loads(tmp_path: Path) -> N
     CSFlow.load_from_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="trained with hidden_channels=16, this detector has 8"):
         CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", hidden_channels=8)
+    Image.new("L", (8, 8), "white").save(tmp_path / "region.png")
+    with pytest.raises(CheckpointError, match="trained with region=None, this detector has 'mask"):
+        CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", region=tmp_path / "region.png")
