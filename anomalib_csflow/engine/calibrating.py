@@ -13,6 +13,8 @@ from torch import Tensor
 from anomalib_csflow.calibration import Kind, Promise
 
 from .good_images import GoodImages, GoodScale
+from .groups import check_groups, groups_of
+from .images import image_files
 
 NO_CALIBRATION = (
     "This model was never calibrated: its scores and maps are raw, and it has no labels or masks. Fit it with "
@@ -28,6 +30,7 @@ class FitCalibration(PostProcessor):
 
     threshold: str
     num_folds: int
+    groups: str | None
     made: Promise | None
     score_scale: GoodScale
     map_scale: GoodScale
@@ -35,6 +38,7 @@ class FitCalibration(PostProcessor):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._validated = GoodImages()
+        self._fitted_groups: set[str] = set()
         self._is_given = False  # set by a call of calibrate(), which validation does not override
         self._has_warned = False
 
@@ -73,8 +77,16 @@ class FitCalibration(PostProcessor):
         return self.calibrate(scores, map_maxima, "estimated")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the thresholds, because the weights are about to change."""
-        del trainer, pl_module
+        """Remove the thresholds, because the weights are about to change, and group the images.
+
+        Raises:
+            GroupError: if the training images cannot be grouped as asked.
+        """
+        del pl_module
+        if self.groups is not None:
+            files = image_files(getattr(getattr(trainer, "datamodule", None), "train_data", None))
+            self._fitted_groups = {*groups_of(files, self.groups)}
+            check_groups(self._fitted_groups, self.groups)
         self._is_given = False
         self.made = None
         for scale in (self.score_scale, self.map_scale):
@@ -94,10 +106,14 @@ class FitCalibration(PostProcessor):
         if self.threshold == "f1":
             super().on_validation_epoch_end(trainer, pl_module)
         elif self._collects(trainer):
-            scores, maxima = self._validated.take(trainer.world_size)
+            scores, maxima = self._validated.take(trainer.world_size, self._counts)
             if len(scores):
                 self.calibrate(scores, maxima)
                 self._is_given = False
+
+    def _counts(self, file: str) -> bool:
+        """Whether a validation image is calibrated on: not if another one of its group was fitted on."""
+        return self.groups is None or self._fitted_groups.isdisjoint(groups_of([file], self.groups))
 
     def _collects(self, trainer: Trainer) -> bool:
         is_fitting = trainer.state.fn == TrainerFn.FITTING

@@ -182,7 +182,7 @@ class FlowFitting(LightningModule):
             )
             rank_zero_warn(f"Thresholds {source}: {reason}.")
             return False
-        unseen = out_of_fold(self, images, processor.num_folds)  # type: ignore[arg-type]
+        unseen = out_of_fold(self, images, processor.num_folds, processor.groups)  # type: ignore[arg-type]
         self._unseen = unseen.seen
         processor.calibrate_out_of_fold(*unseen.take())
         return True

@@ -8,9 +8,11 @@ import torch
 from anomalib.data import AnomalibDataset
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from sklearn.model_selection import GroupKFold
 from torch.utils.data import DataLoader
 
 from .good_images import CollectedScores, GoodImages
+from .groups import groups_of
 
 if TYPE_CHECKING:
     from .detector import FlowDetector
@@ -41,7 +43,9 @@ class _Fold(LightningDataModule):
         return self._loader(self.val_data, shuffle=False)
 
 
-def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: int) -> GoodImages:
+def out_of_fold(
+    detector: "FlowDetector", images: AnomalibDataset, num_folds: int, groups: str | None = None
+) -> GoodImages:
     """For each fold, refit a detector on the images of all other folds, and score those of the fold.
 
     The refits use the same features, steps and settings as the detector's own fit, which has ended.
@@ -49,25 +53,37 @@ def out_of_fold(detector: "FlowDetector", images: AnomalibDataset, num_folds: in
     Args:
         detector: fitted, with its trainer.
         images: the good images that it was fitted on.
-        num_folds: number of folds, of equal size.
+        num_folds: number of folds, of about equal size; no more than there are groups.
+        groups: see :class:`~.post_processing.ConformalPostProcessor`.
 
     Returns:
         The images with their raw scores and the maxima of their maps, in arbitrary order.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    folds = _folds(images, num_folds, groups)
     collector = CollectedScores()
     loader: Any = detector.trainer.train_dataloader
     rank_zero_info(
-        f"Taking thresholds from {num_folds} refits, since too few good images were held out for the false-alarm rate: "
-        f"each scores the part of the {len(images)} training images that it was not fitted on. The detector is kept."
+        f"Taking thresholds from {len(folds)} refits, since too few good images were held out for the false-alarm "
+        f"rate: each scores the part of the {len(images)} training images that it was not fitted on. The detector is "
+        "kept."
     )
     with torch.random.fork_rng():
-        for fold in range(num_folds):
+        for fold, scored in enumerate(folds):
             torch.manual_seed(fold)
-            scored, fitted = order[fold::num_folds], [i for k, i in enumerate(order) if k % num_folds != fold]
+            fitted = [index for other in folds if other is not scored for index in other]
             data = _Fold(_subset(images, fitted), _subset(images, scored), loader.batch_size, loader.num_workers)
             _refit(detector, data, collector)
     return collector.images
+
+
+def _folds(images: AnomalibDataset, num_folds: int, groups: str | None) -> list[list[int]]:
+    """Indices of each fold's images: drawn at random, or so that each group is in one fold."""
+    if groups is None:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+        return [order[fold::num_folds] for fold in range(num_folds)]
+    names = groups_of(images.samples["image_path"], groups)
+    folds = GroupKFold(min(num_folds, len({*names})))
+    return [scored.tolist() for _, scored in folds.split(names, groups=names)]
 
 
 def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:

@@ -1,5 +1,6 @@
 """Scores of good images, and the scale that is calibrated on them, as parts of a detector."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,8 +103,13 @@ class GoodImages:
         images = zip(paths, score, maxima, defective, strict=True)
         self._seen += [(path, value, maximum) for path, value, maximum, is_defective in images if not is_defective]
 
-    def take(self, world_size: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Return scores ``(n,)`` and maxima ``(n,)`` (None without maps) of all processes, and forget them."""
+    def take(self, world_size: int = 1, counts: Callable[[str], bool] = lambda _: True) -> tuple[Tensor, Tensor | None]:
+        """Return scores ``(n,)`` and maxima ``(n,)`` (None without maps) of all processes, and forget them.
+
+        Args:
+            world_size: number of processes.
+            counts: whether an image is returned, by its path.
+        """
         seen, self._seen = self._seen, []
         if world_size > 1:
             parts: list[list[Seen]] = [[] for _ in range(world_size)]
@@ -111,6 +117,7 @@ class GoodImages:
             # a sampler gives some images to two processes, so that all have the same number
             images = [image for part in parts for image in part]
             seen = [*{image[0] or index: image for index, image in enumerate(images)}.values()]
+        seen = [image for image in seen if counts(image[0])]
         maxima = [maximum for _, _, maximum in seen if maximum is not None]
         return torch.tensor([score for _, score, _ in seen]), torch.tensor(maxima) if maxima else None
 

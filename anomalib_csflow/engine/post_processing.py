@@ -12,6 +12,7 @@ from anomalib_csflow.calibration.promises import CONFIDENCE, check_asked
 
 from .calibrating import FitCalibration
 from .good_images import NAN, GoodScale, image_scores
+from .groups import check_pattern
 from .verdicts import levels
 
 ThresholdMode = Literal["conformal", "f1"]
@@ -19,7 +20,7 @@ THRESHOLD_MODES: tuple[str, ...] = get_args(ThresholdMode)
 
 
 class ConformalPostProcessor(FitCalibration):
-    """Calibrates scores and maps on good images: 0.5 at a threshold that good images exceed at a promised rate.
+    r"""Calibrates scores and maps on good images: 0.5 at a threshold that good images exceed at a promised rate.
 
     A calibrated score is within (0, 1) and rises strictly with the raw one, see
     :class:`~anomalib_csflow.calibration.Scale`: defects stay ranked however far they are from good images. The same
@@ -45,6 +46,9 @@ class ConformalPostProcessor(FitCalibration):
             images.
         num_folds: number of refits at the end of a fit, if the validation had too few good images for the rate: each
             is fitted on a part of the training images and scores the rest. 0 for no refits, and a higher rate.
+        groups: regular expression that finds in an image's path which part, place or session it shows, such as
+            ``(session_\d+)``. Images of one group are kept together: a refit never scores an image if it was fitted on
+            others of its group, and validation images of groups that were fitted on are not calibrated on.
         **kwargs: arguments of anomalib's ``PostProcessor``.
 
     Attributes:
@@ -53,7 +57,8 @@ class ConformalPostProcessor(FitCalibration):
         made: what the thresholds promise; None before the calibration.
 
     Raises:
-        ValueError: if the rate is not within (0, 1), or there is no promise or threshold of that name.
+        ValueError: if the rate is not within (0, 1), there is no promise or threshold of that name, or ``groups`` is
+            not a regular expression.
 
     References:
         Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005.
@@ -66,6 +71,7 @@ class ConformalPostProcessor(FitCalibration):
         promise: Literal["marginal", "certified"] = "marginal",
         threshold: ThresholdMode = "conformal",
         num_folds: int = 3,
+        groups: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -77,7 +83,10 @@ class ConformalPostProcessor(FitCalibration):
             msg = f"num_folds must be 2 or more, or 0 for no refits, got {num_folds}"
             raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
+        if groups is not None:
+            check_pattern(groups)
         self.num_folds = num_folds
+        self.groups = groups
         self.promise = promise
         self.threshold = threshold
         self.made: Promise | None = None
@@ -194,7 +203,7 @@ class ConformalPostProcessor(FitCalibration):
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold", "num_folds")
+        return (*super()._checkpoint_config_keys, "false_alarm_rate", "promise", "threshold", "num_folds", "groups")
 
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data for the checkpoint: the arguments, and what the thresholds promise."""
