@@ -74,6 +74,7 @@ def test_no_more_refits_than_parts(image_folder: Path, tmp_path: Path, caplog: p
     caplog.set_level("INFO")
     fit(parts(image_folder / "train/good", tmp_path, 2), tmp_path, groups=PARTS)
     assert "Taking thresholds from 2 refits" in caplog.text
+    assert "Refit 2 of 2 is done, after" in caplog.text
 
 
 def test_parts_seen_in_training_are_not_calibrated_on(image_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Out-of-fold scores: scores of good images that a detector was not fitted on, when few can be held out."""
 
+import time
 from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,9 @@ def out_of_fold(
             torch.manual_seed(fold)
             fitted = [index for other in folds if other is not scored for index in other]
             data = _Fold(_subset(images, fitted), _subset(images, scored), loader.batch_size, loader.num_workers)
+            start = time.perf_counter()
             _refit(detector, data, collector)
+            rank_zero_info(f"Refit {fold + 1} of {len(folds)} is done, after {time.perf_counter() - start:.0f} s.")
     return collector.images
 
 
