@@ -94,6 +94,20 @@ def test_what_cannot_be_grouped(image_folder: Path, tmp_path: Path, groups: str,
         fit(parts(image_folder / "train/good", tmp_path, 4), tmp_path, groups=groups)
 
 
+def test_a_validation_image_of_no_group_is_said_before_training(image_folder: Path, tmp_path: Path) -> None:
+    data = parts(image_folder / "train/good", tmp_path, 4)
+    (tmp_path / "new/other.png").symlink_to(image_folder / "test/good/000.png")
+    with pytest.raises(GroupError, match=r"new/other\.png belongs to no group"):
+        fit(data, tmp_path, groups=PARTS)
+
+
+def test_defective_images_need_no_group(image_folder: Path, tmp_path: Path) -> None:
+    data = parts(image_folder / "train/good", tmp_path, 4)
+    data.abnormal_dir = image_folder / "test/blob"
+    detector = fit(data, tmp_path, groups=PARTS, num_folds=0)
+    assert detector.post_processor.num_good == 2
+
+
 def test_no_regular_expression() -> None:
     with pytest.raises(ValueError, match=r"groups must be a regular expression such as .*, got '\(': missing \)"):
         ConformalPostProcessor(groups="(")

@@ -14,7 +14,7 @@ from anomalib_csflow.calibration import Kind, Promise
 
 from .good_images import GoodImages, GoodScale
 from .groups import check_groups, groups_of
-from .images import image_files
+from .images import good_files, image_files
 
 NO_CALIBRATION = (
     "This model was never calibrated: its scores and maps are raw, and it has no labels or masks. Fit it with "
@@ -80,13 +80,16 @@ class FitCalibration(PostProcessor):
         """Remove the thresholds, because the weights are about to change, and group the images.
 
         Raises:
-            GroupError: if the training images cannot be grouped as asked.
+            GroupError: if the good images cannot be grouped as asked.
         """
         del pl_module
         if self.groups is not None:
-            files = image_files(getattr(getattr(trainer, "datamodule", None), "train_data", None))
-            self._fitted_groups = {*groups_of(files, self.groups)}
+            data = getattr(trainer, "datamodule", None)
+            self._fitted_groups = {*groups_of(image_files(getattr(data, "train_data", None)), self.groups)}
             check_groups(self._fitted_groups, self.groups)
+            groups_of(
+                good_files(getattr(data, "val_data", None)), self.groups
+            )  # which a validation would find too late
         self._is_given = False
         self.made = None
         for scale in (self.score_scale, self.map_scale):

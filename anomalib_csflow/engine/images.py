@@ -166,6 +166,14 @@ def image_files(dataset: Dataset[object] | None) -> Iterator[str]:
     return _files(dataset, "image_path")
 
 
+def good_files(dataset: Dataset[object] | None) -> Iterator[str]:
+    """Files of the good images of an anomalib data set; of all its images if it has no labels."""
+    samples = getattr(dataset, "samples", None)
+    labels = samples["label_index"] if samples is not None and "label_index" in samples else None
+    good = image_files(dataset) if labels is None else samples["image_path"][labels == 0]  # type: ignore[index]
+    return (str(file) for file in good)
+
+
 def mask_files(dataset: Dataset[object] | None) -> Iterator[str]:
     """Mask files of an anomalib data set."""
     return _files(dataset, "mask_path")
