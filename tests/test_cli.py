@@ -146,6 +146,7 @@ def test_recipes_of_siblings(config: str, run: Run, tmp_path: Path) -> None:
     changes: dict[str, object] = {"weights": tmp_path / "random.pth"} | SMALLER.get(
         arguments_["backbone"], {"image_size": 64}
     )
+    changes |= {"max_steps": 2} if "max_steps" in arguments_ else {}
     name = str(changes.get("backbone", arguments_["backbone"]))
     torch.save(create_backbone(name, "random").state_dict(), tmp_path / "random.pth")
     options = [f"--config={CONFIGS / config}", *arguments(changes, "model")]

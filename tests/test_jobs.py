@@ -15,7 +15,8 @@ from anomalib_csflow import jobs
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="submitit is for POSIX")
 HERE = f"{__name__}:"
 FOREVER = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from anomalib_csflow import jobs
