@@ -87,9 +87,8 @@ class FitCalibration(PostProcessor):
             data = getattr(trainer, "datamodule", None)
             self._fitted_groups = {*groups_of(image_files(getattr(data, "train_data", None)), self.groups)}
             check_groups(self._fitted_groups, self.groups)
-            groups_of(
-                good_files(getattr(data, "val_data", None)), self.groups
-            )  # which a validation would find too late
+            # a validation image of no group would be found after the training only
+            groups_of(good_files(getattr(data, "val_data", None)), self.groups)
         self._is_given = False
         self.made = None
         for scale in (self.score_scale, self.map_scale):
