@@ -165,19 +165,27 @@ def anomalib(arguments: Sequence[str]) -> Any:
     from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
 
-    class SeededCLI(AnomalibCLI):
-        """anomalib's own reads ``seed_everything`` and does nothing with it."""
+    class CLI(AnomalibCLI):
+        """anomalib's own reads ``seed_everything`` and does nothing with it; and each process of a fit makes a version.
+
+        The folder ``latest`` would be that of another process than the first, which alone writes something.
+        """
 
         def before_instantiate_classes(self) -> None:
             super().before_instantiate_classes()
-            seed = self.config[self.subcommand].get("seed_everything")
+            options = self.config[self.subcommand]
+            if self.subcommand == "fit" and rank_zero_only.rank:
+                self.unused = tempfile.TemporaryDirectory()
+                options["trainer"]["default_root_dir"] = self.unused.name
+            seed = options.get("seed_everything")
             if isinstance(seed, int) and not isinstance(seed, bool):  # True asks for a random seed
                 seed_everything(seed, workers=True)
 
     configure_logger()
     silence_logs()
-    return SeededCLI(arguments)
+    return CLI(arguments)
 
 
 def silence_warnings() -> None:

@@ -90,7 +90,9 @@ def test_torchrun_starts_the_command_line(image_folder: Path, tmp_path: Path) ->
         command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (checkpoint,) = tmp_path.rglob("v0/**/model.ckpt")
+    (version,) = tmp_path.rglob("v*/")  # of the first process alone
+    assert (version.parent / "latest").resolve() == version
+    (checkpoint,) = version.rglob("model.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
 
 
