@@ -176,7 +176,7 @@ def anomalib(arguments: Sequence[str]) -> Any:
         def before_instantiate_classes(self) -> None:
             super().before_instantiate_classes()
             options = self.config[self.subcommand]
-            if self.subcommand == "fit" and rank_zero_only.rank:
+            if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0):
                 self.unused = tempfile.TemporaryDirectory()
                 options["trainer"]["default_root_dir"] = self.unused.name
             seed = options.get("seed_everything")

@@ -37,6 +37,7 @@ WRONG: dict[str, list[Any]] = {
     "hidden_channels": [0, -1, 1.5, "16", None, True],
     "num_blocks": [0, -3, [], [0], None, "4", float("nan")],
     "kernel_sizes": [[0], [-1], [], [101], [3.0], "3", 3, [True]],
+    "coarse_kernel_size": [0, -1, 101, 3.0, "3", [5]],
     "clamp": [0, -1, float("nan"), float("inf"), None, "1"],
     "hidden_ratio": [0, -0.5, float("nan")],
     "lr": [-1e-3, float("nan"), float("inf"), None],

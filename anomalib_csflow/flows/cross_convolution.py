@@ -51,20 +51,28 @@ class CrossConvolution(nn.Module):
         in_channels: channels of each level's input, finest first.
         out_channels: channels of each level's output.
         hidden_channels: channels of every hidden map.
-        kernel_size: of every convolution.
+        kernel_size: of the finest level's convolutions and of the links.
+        coarse_kernel_size: of the other levels' convolutions; by default ``kernel_size``. A coarse level has few
+            positions, so that a larger kernel costs little there.
 
     Shape:
         maps ``(N, in_channels[i], H_i, W_i)`` to maps ``(N, out_channels[i], H_i, W_i)``.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], hidden_channels: int = 1024, kernel_size: int = 3
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        hidden_channels: int = 1024,
+        kernel_size: int = 3,
+        coarse_kernel_size: int | None = None,
     ) -> None:
         super().__init__()
         links = len(in_channels) - 1
         hidden = hidden_channels
-        self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, kernel_size)) for c in in_channels)
-        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, kernel_size)) for c in out_channels)
+        sizes = [kernel_size, *[coarse_kernel_size or kernel_size] * links]
+        self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, k)) for c, k in zip(in_channels, sizes, strict=True))
+        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, k)) for c, k in zip(out_channels, sizes, strict=True))
         # up[i] leads from level i + 1 to level i, down[i] from level i to level i + 1
         self.up = nn.ModuleList(
             lay_out(SameConv2d(hidden, c, kernel_size), resized=True) for c in list(out_channels)[:links]

@@ -41,6 +41,7 @@ class CrossScaleCoupling(InvertibleModule):
             each maps a tuple of maps to a tuple of maps. The default is :class:`CrossConvolution`.
         hidden_channels: of the default conditioner.
         kernel_size: of the default conditioner.
+        coarse_kernel_size: of the default conditioner, for all levels but the finest; by default ``kernel_size``.
         clamp: bound :math:`c` of the log-scales (the paper's alpha).
 
     Shape:
@@ -64,6 +65,7 @@ class CrossScaleCoupling(InvertibleModule):
         conditioner: Conditioner | None = None,
         hidden_channels: int = 1024,
         kernel_size: int = 3,
+        coarse_kernel_size: int | None = None,
         clamp: float = 3.0,
     ) -> None:
         super().__init__(dims_in, dims_c)
@@ -79,7 +81,12 @@ class CrossScaleCoupling(InvertibleModule):
         first = [channels // 2 for channels in self.channels]
         second = [channels - half for channels, half in zip(self.channels, first, strict=True)]
         conditions = [dims[0] for dims in self.dims_c] or [0] * len(first)
-        build = conditioner or partial(CrossConvolution, hidden_channels=hidden_channels, kernel_size=kernel_size)
+        build = conditioner or partial(
+            CrossConvolution,
+            hidden_channels=hidden_channels,
+            kernel_size=kernel_size,
+            coarse_kernel_size=coarse_kernel_size,
+        )
         self.from_first = build([u + c for u, c in zip(first, conditions, strict=True)], [2 * v for v in second])
         self.from_second = build([v + c for v, c in zip(second, conditions, strict=True)], [2 * u for u in first])
         self.first, self.second = first, second

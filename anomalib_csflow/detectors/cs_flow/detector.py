@@ -59,6 +59,7 @@ class CSFlowModel(FlowModel):
         image_score: what the image score is computed from, see :class:`CSFlow`.
         top_share: share of the positions that the image score is computed from, unless it is the energy.
         recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
+        coarse_kernel_size: of the convolutions of all levels but the finest; by default the block's.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CSFlowModel(FlowModel):
         top_share: float,
         *,
         recompute: bool = False,
+        coarse_kernel_size: int | None = None,
     ) -> None:
         # only the channels matter: the couplings take maps of any size
         side = 2 ** (len(features.channels) - 1)
@@ -83,7 +85,13 @@ class CSFlowModel(FlowModel):
         for block, kernel_size in enumerate(kernel_sizes):
             layers.append(ScalePermutation(dims, seed=block))
             layers.append(
-                CrossScaleCoupling(dims, hidden_channels=hidden_channels, kernel_size=kernel_size, clamp=clamp)
+                CrossScaleCoupling(
+                    dims,
+                    hidden_channels=hidden_channels,
+                    kernel_size=kernel_size,
+                    coarse_kernel_size=coarse_kernel_size,
+                    clamp=clamp,
+                )
             )
         super().__init__(features, PyramidFlow(layers, recompute=recompute))
         self.map_mode = map_mode
@@ -153,6 +161,8 @@ class CSFlow(FlowDetector):
             positions; or ``levels``, the same of the levels' mean, whatever the map's fusion.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
+        coarse_kernel_size: of the convolutions of all levels but the finest, if not ``kernel_sizes``. Larger ones see
+            more of an image for little more time, which finds more defects and outlines them less closely.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
@@ -176,7 +186,7 @@ class CSFlow(FlowDetector):
 
     output_arguments = (
         *("layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
-        *("whiten", "map_mode", "image_score", "top_share"),
+        *("whiten", "map_mode", "image_score", "top_share", "coarse_kernel_size"),
     )
     free_arguments = ("recompute",)
     model: CSFlowModel
@@ -212,6 +222,7 @@ class CSFlow(FlowDetector):
         whiten: bool = False,
         image_score: ImageScore = "energy",
         top_share: float = 0.0,
+        coarse_kernel_size: int | None = None,
         region: str | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -243,9 +254,8 @@ class CSFlow(FlowDetector):
             else:
                 features = ImagePyramid(FrozenBackbone(network, layer), num_scales)
             scores = (map_mode, image_score, top_share)
-            return CSFlowModel(
-                features, kernel_sizes, hidden_channels, clamp, standardize, whiten, *scores, recompute=recompute
-            )
+            widths = (kernel_sizes, hidden_channels, clamp, standardize, whiten)
+            return CSFlowModel(features, *widths, *scores, recompute=recompute, coarse_kernel_size=coarse_kernel_size)
 
         images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect, region)
         training = TrainingOptions(
