@@ -4,7 +4,7 @@
 # make docs       builds the documentation in docs/_build/html
 # make format     formats the code and fixes what the linter can fix
 # make benchmark DATA=...  measures all detectors on a folder of data sets in MVTec AD's layout
-# make long       runs the long form of the tests of docs/reliability.md: some hours
+# make long       runs the long form of the tests of docs/reliability.md: half an hour
 # make floors     runs the tests with the oldest dependencies that pyproject.toml allows
 # make newest     runs the tests with the newest ones
 # Each creates the environment in .venv first. PIP_ARGS is passed to pip, for example an index of CPU builds (see README).

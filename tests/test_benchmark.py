@@ -181,6 +181,15 @@ def test_eight_runs_killed_at_random_end_in_the_same_table(mvtec_layout: Path, t
     pd.testing.assert_frame_equal(tables[0][figures], tables[1][figures], atol=1e-3)
 
 
+def test_a_model_for_another_number_of_images_is_not_left_out_silently(tmp_path: Path) -> None:
+    ov = pytest.importorskip("openvino")
+    images = ov.opset13.parameter([2, 3, 8, 8], np.float32)
+    ov.save_model(ov.Model([ov.opset13.relu(images)], [images]), tmp_path / "model.xml")
+    np.savez(tmp_path / "batches.npz", b1=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match=r"its input is \[2,3,8,8\], which no batch of the benchmark has"):
+        timing.time_openvino(str(tmp_path / "model.xml"), str(tmp_path / "batches.npz"), 1)
+
+
 def no_run_failed(out: Path) -> bool:
     rows = json.loads((out / "results.json").read_text())["rows"]
     return all(row["status"] == "done" for row in rows)

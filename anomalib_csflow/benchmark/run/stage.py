@@ -122,10 +122,17 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
 def export_openvino(model: AnomalibModule, root: Path) -> tuple[Path, list[str]]:
     """Export for any number of images, or for one if a model does not support it; returns the file and notes."""
     options: dict[str, Any] = {"export_root": root, "input_size": build.image_size(model)}
+    import openvino as ov  # noqa: PLC0415 (an extra)
+
     engine, notes = Engine(logger=False), []
     try:
         xml = engine.export(model, ExportType.OPENVINO, **options)
-    except OnnxExporterError:  # PatchCore's search branches on the batch size
+        is_for_one_size = xml is not None and ov.Core().read_model(xml).input(0).partial_shape[0].is_static
+    except OnnxExporterError:
+        is_for_one_size = True
+    if (
+        is_for_one_size
+    ):  # PatchCore's search branches on the batch size: an error, or a model for the exporter's two images
         xml = engine.export(model, ExportType.OPENVINO, **options, onnx_kwargs={"dynamic_shapes": None})
         notes.append("exported for single images")
     assert xml is not None  # noqa: S101 (None is only for unknown formats)

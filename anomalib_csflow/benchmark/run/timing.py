@@ -90,6 +90,9 @@ def time_openvino(xml: str, batches: str, threads: int) -> dict[str, float]:
             timed = latency(lambda batch=batch: compiled([batch]), len(batch))
             found |= {f"openvino_{name}_{key}": value for key, value in timed.items()}
             found.setdefault("inference_peak_mb", peak_mb())
+    if "inference_peak_mb" not in found:
+        msg = f"its input is {compiled.input(0).partial_shape}, which no batch of the benchmark has"
+        raise ValueError(msg)
     return found
 
 
