@@ -37,6 +37,8 @@ detector = getattr(anomalib_csflow, name)(
     **OPTIONS[name], image_size=64, post_processor=ConformalPostProcessor(num_folds=0)  # two processes do not refit
 )
 randomize(detector.model.flow, scale=0.05)
+computed = []
+detector.model.features.register_forward_pre_hook(lambda module, images: computed.append(len(images[0])))
 # every step sees all images: the order in which processes share them does not matter
 data = Folder(**folder_arguments(root) | {"train_batch_size": 12 // int(devices), "eval_batch_size": 1})
 Engine(
@@ -46,6 +48,8 @@ Engine(
 ).fit(detector, datamodule=data)
 if detector.global_rank == 0:
     torch.save(detector.state_dict(), out + "/state.pt")
+with open(f"{out}/computed {detector.global_rank}", "w") as file:
+    file.write(str(sum(computed)))
 """
 
 
@@ -66,6 +70,9 @@ def trained(name: str, devices: int, image_folder: Path, out: Path) -> dict[str,
 def test_two_processes_train_what_one_does(name: str, image_folder: Path, tmp_path: Path) -> None:
     one, two = (trained(name, devices, image_folder, tmp_path / str(devices)) for devices in (1, 2))
     assert one.keys() == two.keys()
+    computed = [[int(path.read_text()) for path in (tmp_path / str(devices)).glob("computed *")] for devices in (1, 2)]
+    assert len(computed[1]) == 2
+    assert sum(computed[0]) == sum(computed[1]) > 0  # features of each image once, in one process or the other
     for key, value in one.items():
         torch.testing.assert_close(
             two[key], value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda text, k=key: k + text
