@@ -72,7 +72,10 @@ def test_two_processes_train_what_one_does(name: str, image_folder: Path, tmp_pa
     assert one.keys() == two.keys()
     computed = [[int(path.read_text()) for path in (tmp_path / str(devices)).glob("computed *")] for devices in (1, 2)]
     assert len(computed[1]) == 2
-    assert sum(computed[0]) == sum(computed[1]) > 0  # features of each image once, in one process or the other
+    if (
+        name != "DifferNet"
+    ):  # of which a fit in one process scores the training images in the end, in views without a cache
+        assert sum(computed[0]) == sum(computed[1]) == 20  # features of each image once, in one process or the other
     for key, value in one.items():
         torch.testing.assert_close(
             two[key], value, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda text, k=key: k + text
