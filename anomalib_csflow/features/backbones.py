@@ -42,8 +42,8 @@ class FrozenLayers(nn.Module):
         for layer in layers:
             check_layer(model, layer)
         self.layers = list(layers)
-        # timm's transformers have this attribute: their tokens may begin with class and register tokens
-        self.is_transformer = hasattr(model, "num_prefix_tokens")
+        # timm's transformers have these: their tokens may begin with class and register tokens (CaiT's from 1.0.31 on)
+        self.is_transformer = hasattr(model, "num_prefix_tokens") or hasattr(model, "cls_token")
         self.final_norm = final_norm
         if self.is_transformer:
             self.blocks = _block_numbers(self.layers)
