@@ -168,9 +168,10 @@ def anomalib(arguments: Sequence[str]) -> Any:
     from lightning.pytorch.utilities import rank_zero_only
 
     class CLI(AnomalibCLI):
-        """anomalib's own reads ``seed_everything`` and does nothing with it; and each process of a fit makes a version.
+        """anomalib's own, mended in two ways.
 
-        The folder ``latest`` would be that of another process than the first, which alone writes something.
+        It sets the seed of ``seed_everything``, which anomalib reads but does not use. And only the first process of a
+        fit makes a version folder: ``latest`` would otherwise lead to the empty folder of another process.
         """
 
         def before_instantiate_classes(self) -> None:

@@ -127,12 +127,11 @@ def export_openvino(model: AnomalibModule, root: Path) -> tuple[Path, list[str]]
     engine, notes = Engine(logger=False), []
     try:
         xml = engine.export(model, ExportType.OPENVINO, **options)
-        is_for_one_size = xml is not None and ov.Core().read_model(xml).input(0).partial_shape[0].is_static
+        is_for_any = xml is not None and ov.Core().read_model(xml).input(0).partial_shape[0].is_dynamic
     except OnnxExporterError:
-        is_for_one_size = True
-    if (
-        is_for_one_size
-    ):  # PatchCore's search branches on the batch size: an error, or a model for the exporter's two images
+        is_for_any = False
+    # PatchCore's search branches on the batch size, which gives an error, or a model for the exporter's two images
+    if not is_for_any:
         xml = engine.export(model, ExportType.OPENVINO, **options, onnx_kwargs={"dynamic_shapes": None})
         notes.append("exported for single images")
     assert xml is not None  # noqa: S101 (None is only for unknown formats)
