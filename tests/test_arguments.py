@@ -24,7 +24,17 @@ OF_ITS_OWN_TYPE = {(MSFlow, "num_blocks")}  # one for each layer
 
 SIX: dict[type[FlowDetector], tuple[dict[str, Any], dict[str, Any]]] = {
     CFlow: (CFLOW, {"score_by": "energy", "top_share": 0.1, "image_size": 96, "num_blocks": 1}),
-    CSFlow: (SMALL, {"map_mode": "mean", "antialias": False, "clamp": 2, "kernel_sizes": [5, 5], "num_scales": 2}),
+    CSFlow: (
+        SMALL,
+        {
+            "map_mode": "mean",
+            "antialias": False,
+            "clamp": 2,
+            "kernel_sizes": [5, 5],
+            "coarse_kernel_size": 1,
+            "num_scales": 2,
+        },
+    ),
     DifferNet: (SMALL | {"num_test_rotations": 2}, {"num_test_rotations": 3, "image_size": (64, 96)}),
     FastFlow: (FAST_FLOW, {"top_share": 0.1, "hidden_ratio": 0.5, "kernel_sizes": None}),
     MSFlow: (MS_FLOW, {"top_share": 0.1, "num_blocks": [2, 1], "clamp": 1}),

@@ -121,9 +121,9 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
 
 def export_openvino(model: AnomalibModule, root: Path) -> tuple[Path, list[str]]:
     """Export for any number of images, or for one if a model does not support it; returns the file and notes."""
-    options: dict[str, Any] = {"export_root": root, "input_size": build.image_size(model)}
     import openvino as ov  # noqa: PLC0415 (an extra)
 
+    options: dict[str, Any] = {"export_root": root, "input_size": build.image_size(model)}
     engine, notes = Engine(logger=False), []
     try:
         xml = engine.export(model, ExportType.OPENVINO, **options)

@@ -161,8 +161,9 @@ class CSFlow(FlowDetector):
             positions; or ``levels``, the same of the levels' mean, whatever the map's fusion.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
-        coarse_kernel_size: of the convolutions of all levels but the finest, if not ``kernel_sizes``. Larger ones see
-            more of an image for little more time, which finds more defects and outlines them less closely.
+        coarse_kernel_size: of the convolutions of all levels but the finest, instead of ``kernel_sizes``. Larger ones
+            see more of an image for little more time. On parts that vary, they find more defects, and outline them
+            less closely.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
