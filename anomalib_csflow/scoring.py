@@ -6,6 +6,7 @@ normal. No function mixes samples of the batch.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -87,27 +88,30 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int], mode: MapMode =
     if mode not in MAP_MODES:
         msg = f"unknown map mode {mode!r}: choose one of {', '.join(MAP_MODES)}"
         raise ValueError(msg)
-    maps = upsampled(levels[:1] if mode == "finest" else levels, size)
     if mode == "soft_minimum":
-        return soft_minimum(maps)
+        return soft_minimum([upsampled([level], size)[0] for level in levels])
+    maps = upsampled(levels[:1] if mode == "finest" else levels, size)
     return maps.prod(0) if mode == "product" else maps.mean(0)
 
 
-def soft_minimum(levels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def soft_minimum(levels: Sequence[Tensor], temperature: float = TEMPERATURE) -> Tensor:
     """Smooth minimum over levels, ``-T log mean_l exp(-z_l / T)``: high if all levels find a position unusual.
 
     Args:
-        levels: ``(levels, ...)``, on one scale, such as standard deviations of good images.
+        levels: of one shape and on one scale, such as standard deviations of good images.
         temperature: T; the limit at 0 is the minimum, at infinity the mean.
 
     Returns:
-        ``(...)``.
+        Of the levels' shape.
 
     Example:
         >>> soft_minimum(torch.tensor([[5.0], [5.0]])), soft_minimum(torch.tensor([[0.0], [1000.0]])) < 3
         (tensor([5.]), tensor([True]))
     """
-    return -temperature * log_mean_exp(-levels / temperature, dim=0)
+    least = reduce(torch.minimum, levels)
+    # one level at a time: all levels of a large image in one tensor are most of the memory of a whole inference
+    total = reduce(torch.add, (((least - level) / temperature).exp() for level in levels))
+    return least - temperature * (total / len(levels)).log()
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

@@ -25,4 +25,15 @@ def test_runs_and_prints_both_sides(name: str) -> None:
 
 
 def test_all_are_run() -> None:
-    assert SCRIPTS == ["coupling", "false_alarms", "fit", "growth", "inference", "line", "many", "memory", "training"]
+    assert SCRIPTS == [
+        "coupling",
+        "false_alarms",
+        "fit",
+        "growth",
+        "inference",
+        "large",
+        "line",
+        "many",
+        "memory",
+        "training",
+    ]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from typing_extensions import Self
 
+from .strips import in_strips
+
 PROBE_SIZE = 256
 """Side of the blank image that is used to find a layer's channels and stride; any multiple of 64 works."""
 
@@ -57,8 +59,11 @@ class FrozenLayers(nn.Module):
                     module.to(memory_format=torch.channels_last)
         self.requires_grad_(requires_grad=False)
         self.train()
+        self._computed = [self.model]  # in a list, because a divided model has the same modules
         self.fixed_size: int | None = None
         maps = self._probe()
+        if not self.is_transformer and self.fixed_size is None:
+            self._computed = [in_strips(self.model, torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))]
         self.layer_channels = [level.shape[1] for level in maps]
         if self.is_transformer:
             self.layer_strides = [int(self.model.patch_embed.patch_size[0])] * len(maps)
@@ -97,7 +102,7 @@ class FrozenLayers(nn.Module):
                     images, indices=self.blocks, norm=self.final_norm, intermediates_only=True
                 )
             )
-        found = self.model(images)  # in the order in which the layers run
+        found = self._computed[0](images)  # in the order in which the layers run
         return tuple(found[f"map {index}"] for index in range(len(self.layers)))
 
 

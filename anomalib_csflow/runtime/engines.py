@@ -49,7 +49,8 @@ class OpenVinoEngine:
 
     def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
         """Outputs of a batch."""
-        return _named(self._model(pixels.shape, "LATENCY").create_infer_request().infer({0: pixels}))
+        request = self._model(pixels.shape, "LATENCY").create_infer_request()
+        return _named(request.infer({0: pixels}, share_inputs=True))  # a large image takes much memory twice
 
     def stream(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Outputs]:
         """Outputs of batches of one size, as many at once as OpenVINO finds best."""
