@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -54,7 +53,8 @@ QUICK_SIDE = 64
 
 def make(side: int, *, whole: bool) -> Any:
     """The detector for square images, with random weights of the flow, which would be the identity otherwise."""
-    strips.STRIP_VALUES = math.inf if whole else strips.STRIP_VALUES
+    if whole:
+        strips.STRIP_VALUES = sys.maxsize
     torch.manual_seed(0)
     detector = from_recipe("cs_flow_small", image_size=side)
     with torch.no_grad():

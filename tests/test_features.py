@@ -194,3 +194,15 @@ def test_a_transformer_of_one_size() -> None:
 def test_layers_that_make_no_pyramid(name: str, layers: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerPyramid(FrozenLayers(create_backbone(name, "random"), layers))
+
+
+def test_few_at_once_gives_the_same_maps() -> None:
+    pyramid = ImagePyramid(FrozenBackbone(create_backbone("tf_efficientnet_lite0", "random"), "blocks.2"), num_scales=2)
+    images = torch.rand(7, 3, 64, 96)
+    seen: list[int] = []
+    pyramid.backbone.register_forward_hook(lambda *arguments: seen.append(len(arguments[2])))
+    for found, expected in zip(pyramid.few_at_once(images), pyramid(images), strict=True):
+        torch.testing.assert_close(found, expected)
+    number = max(torch.get_num_threads(), 2)
+    assert max(seen[:-2]) == min(number, 7)
+    assert sum(seen[:-2]) == 2 * 7

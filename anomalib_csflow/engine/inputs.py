@@ -77,7 +77,7 @@ class FlowInputs(LightningModule):
     @property
     def compute(self) -> Callable[[Tensor], Pyramid]:
         """The backbone, or the same in OpenVINO if that is faster: pre-processed images to features."""
-        return self.compiled or self.model.features
+        return self.compiled or self.model.features.few_at_once
 
     @property
     def provider(self) -> FeatureProvider:

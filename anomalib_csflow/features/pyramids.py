@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,17 @@ class FeaturePyramid(nn.Module):
                 f"{fixed}x{fixed} only, set image_size={fixed}"
             )
             raise ValueError(msg)
+
+    def few_at_once(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The same maps; on a CPU, of as many images at once as there are threads, or of two.
+
+        The maps of more images do not fit the processor's cache: on one and two threads, EfficientNet-Lite takes half
+        the time for 16 images of 256 pixels, or less.
+        """
+        number = max(torch.get_num_threads(), 2)
+        if images.device.type != "cpu" or len(images) <= number:
+            return cast("tuple[Tensor, ...]", self(images))
+        return tuple(torch.cat(level) for level in zip(*map(self, images.split(number)), strict=True))
 
 
 class LayerPyramid(FeaturePyramid):
