@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from anomalib_csflow import demo
+from anomalib_csflow import CSFlow, demo
 from anomalib_csflow.benchmark import __main__ as command_line
 from anomalib_csflow.benchmark import results
 from anomalib_csflow.benchmark.rows import Row, write_json
@@ -425,6 +425,18 @@ def test_recipes_of_the_default_configuration() -> None:
     assert (cs_flow.epochs, cs_flow.init_args["max_steps"]) == (1, 400)
     shared = {key: cs_flow.init_args[key] for key in plan.SHARED}
     assert shared == entries["shared"]
+
+
+def test_each_row_of_the_ablation_is_one_change_to_the_recipe() -> None:
+    entries = yaml.safe_load((Path(__file__).parents[1] / "configs" / "ablation.yaml").read_text())
+    recipe, *rows = (config.read_detector(entry, Path("/nowhere")) for entry in entries["detectors"])
+    assert len(rows) > 3
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        changed = [key for key, value in row.init_args.items() if recipe.init_args.get(key, "default") != value]
+        assert len(changed) == 1, row.name
+        detector = CSFlow(**row.init_args)
+        assert detector.hparams[changed[0]] == row.init_args[changed[0]]
 
 
 def test_metrics_against_a_case_that_is_known() -> None:

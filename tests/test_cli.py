@@ -15,7 +15,7 @@ from anomalib_csflow import cli
 from anomalib_csflow.features.weights import create_backbone
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted({path.name for path in CONFIGS.glob("*.yaml")} - {"benchmark.yaml"})
+RECIPES = sorted({path.name for path in CONFIGS.glob("*.yaml")} - {"benchmark.yaml", "ablation.yaml"})
 OF_CS_FLOW = [name for name in RECIPES if name.startswith("cs_flow")]
 Run = Callable[..., Path]
 

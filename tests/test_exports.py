@@ -1,18 +1,21 @@
 """Each detector in each format: the same scores and maps as in torch, for any batch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
-from conftest import CFLOW, DETECTORS, FAST_FLOW, folder_arguments
+from conftest import CFLOW, DETECTORS, FAST_FLOW, SMALL, folder_arguments
 
-from anomalib_csflow import CFlow, FastFlow
+from anomalib_csflow import CFlow, CSFlow, FastFlow
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.features import strips
 
 SIZE = (64, 96)
 VARIANTS = DETECTORS | {
@@ -50,6 +53,36 @@ def test_training_for_a_moment_finds_defects(trained: tuple[FlowDetector, Path],
             kinds.append(detector.model(pixels).pred_score)
     good, bad = kinds
     assert good.max() < bad.min()
+
+
+def untrained(**arguments: Any) -> CSFlow:
+    """CS-Flow with random weights of the flow, which would be the identity otherwise."""
+    torch.manual_seed(0)
+    detector = CSFlow(**SMALL, image_size=SIZE, post_processor=False, **arguments).eval()
+    with torch.no_grad():
+        for parameter in detector.model.flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return detector
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_openvino_of_a_model_without_a_pre_processor_in_strips(
+    divided: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strips, "STRIP_VALUES", 2**14 if divided else 2**22)
+    detector = untrained(pre_processor=False)
+    path = detector.to_openvino(tmp_path)
+    model = openvino.Core().read_model(path)
+    assert list(model.input(0).partial_shape)[2:] == list(SIZE)
+    num_convolutions = sum(operation.get_type_name().endswith("Convolution") for operation in model.get_ops())
+    assert (num_convolutions > 200) == divided
+    images = torch.rand(2, 3, *SIZE)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    outputs = compiled(images.numpy())
+    with torch.no_grad():
+        expected = detector(images)
+    for name in ("pred_score", "anomaly_map"):
+        torch.testing.assert_close(torch.from_numpy(outputs[name]), getattr(expected, name), atol=1e-3, rtol=1e-3)
 
 
 def test_load_from_checkpoint(trained: tuple[FlowDetector, Path]) -> None:

@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
 
+from .images import ImageOptions
 from .quantization import CALIBRATION_IMAGES, quantized
 from .whole_files import whole_export
 
 
 class FlowExports(ExportMixin, LightningModule):
     """Exports of detectors: frozen torch modules, ONNX, OpenVINO and its 8-bit models."""
+
+    image_options: ImageOptions
 
     def to_onnx(  # type: ignore[override] # anomalib's own signature is not Lightning's
         self,
@@ -32,8 +35,12 @@ class FlowExports(ExportMixin, LightningModule):
         """Export to ONNX; see ``AnomalibModule.to_onnx``.
 
         The default operator set is the one that torch's exporter writes. With anomalib's default of 14, it would try
-        to convert the model down, and fail with a page of warnings.
+        to convert the model down, and fail with a page of warnings. A model without a pre-processor is exported for
+        images of ``image_size``, unless ``input_size`` says another.
         """
+        if input_size is None and not self.pre_processor:
+            height, width = self.image_options.size
+            input_size = height, width
         kwargs.setdefault("opset_version", 18)
         kwargs.setdefault("verbose", False)  # otherwise the exporter prints every step
         export = super().to_onnx
