@@ -109,9 +109,9 @@ def soft_minimum(levels: Sequence[Tensor], temperature: float = TEMPERATURE) -> 
         (tensor([5.]), tensor([True]))
     """
     least = reduce(torch.minimum, levels)
-    # one level at a time: all levels of a large image in one tensor are most of the memory of a whole inference
+    # without a tensor of all levels, which are as large as the image each
     total = reduce(torch.add, (((least - level) / temperature).exp() for level in levels))
-    return least - temperature * (total / len(levels)).log()
+    return torch.where(least.isinf(), least, least - temperature * (total / len(levels)).log())
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

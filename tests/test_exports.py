@@ -15,7 +15,10 @@ from conftest import CFLOW, DETECTORS, FAST_FLOW, SMALL, folder_arguments
 
 from anomalib_csflow import CFlow, CSFlow, FastFlow
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.quantization import float_operations
 from anomalib_csflow.features import strips
+from anomalib_csflow.runtime.bundle import BundleError
+from anomalib_csflow.runtime.engines import check_size
 
 SIZE = (64, 96)
 VARIANTS = DETECTORS | {
@@ -74,8 +77,15 @@ def test_openvino_of_a_model_without_a_pre_processor_in_strips(
     path = detector.to_openvino(tmp_path)
     model = openvino.Core().read_model(path)
     assert list(model.input(0).partial_shape)[2:] == list(SIZE)
-    num_convolutions = sum(operation.get_type_name().endswith("Convolution") for operation in model.get_ops())
-    assert (num_convolutions > 200) == divided
+    with pytest.raises(BundleError, match="for images of 64x96 pixels only, got 70x96"):
+        check_size(model, (1, 3, 70, 96))
+    stems = {
+        operation.get_friendly_name()
+        for operation in model.get_ops()
+        if operation.get_type_name() == "Convolution" and operation.input_value(1).shape[1] == 3
+    }
+    assert (len(stems) > 3) == divided
+    assert stems <= set(float_operations(model, num_first=1))
     images = torch.rand(2, 3, *SIZE)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = compiled(images.numpy())

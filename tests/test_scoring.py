@@ -50,6 +50,9 @@ def test_soft_minimum_is_between_minimum_and_mean_and_never_overflows() -> None:
     assert (found >= levels.amin(0)).all()
     assert (found <= levels.mean(0)).all()
     torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e-3), levels.amin(0)[1:], atol=0.01, rtol=0)
+    infinite = torch.tensor([[torch.inf, -torch.inf, torch.inf], [torch.inf, 1.0, 1.0]])
+    assert scoring.soft_minimum(infinite)[:2].tolist() == [torch.inf, -torch.inf]
+    assert 1 < scoring.soft_minimum(infinite)[2] < 1 + scoring.TEMPERATURE
     torch.testing.assert_close(scoring.soft_minimum(levels[:, 1:], 1e4), levels.mean(0)[1:], atol=0.01, rtol=0)
 
 

@@ -86,10 +86,75 @@ def test_layers_that_see_the_whole_image_are_not_divided() -> None:
         return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), middle, nn.Conv2d(32, 8, 3, 4, padding=1), nn.ReLU())
 
     assert divided(FrozenBackbone(network(nn.ReLU()), "3"))
+    assert not divided(FrozenBackbone(network(nn.BatchNorm2d(32, track_running_stats=False)), "3"))
     assert not divided(FrozenBackbone(network(Attention()), "3"))
     circular = nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")  # its first rows see the last ones
     assert not divided(FrozenBackbone(network(circular), "3"))
     assert not divided(FrozenBackbone(network(nn.Conv2d(32, 32, 3, padding=65, dilation=65)), "3"))
+
+
+class Skip(nn.Module):
+    """A small map, to which the same is added after it was activated and widened."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 4, padding=1)
+        self.activation = activation
+        self.widen = nn.Conv2d(8, 128, 3, padding=1)
+        self.narrow = nn.Conv2d(128, 8, 3, padding=1)
+        self.end = nn.Identity()
+
+    def forward(self, images: Tensor, unused: Tensor | None = None) -> Tensor:
+        """Compute it."""
+        maps = self.stem(images)
+        return self.end(self.narrow(self.widen(self.activation(maps))) + maps)
+
+
+@pytest.mark.usefixtures("small_strips")
+@pytest.mark.parametrize(("activation", "expected"), [(nn.SiLU(), 1), (nn.SiLU(inplace=True), 0)])
+def test_a_block_that_changes_its_input_stays_whole(activation: nn.Module, expected: int) -> None:
+    torch.manual_seed(0)
+    network = Skip(activation).eval()
+    backbone = FrozenBackbone(network, "end")
+    assert len(divided(backbone)) == expected
+    images = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(backbone(images), network(images), atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_of_their_own_are_not_copied() -> None:
+    class Scaled(Skip):
+        def __init__(self, activation: nn.Module) -> None:
+            super().__init__(activation)
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, images: Tensor, unused: Tensor | None = None) -> Tensor:
+            return super().forward(images * self.scale)
+
+    backbone = FrozenBackbone(Scaled(nn.SiLU()), "end")
+    assert not divided(backbone)
+    assert backbone.double()(torch.randn(1, 3, 64, 64).double()).dtype == torch.float64
+
+
+def test_steps_whose_result_nothing_uses_do_not_matter() -> None:
+    class Checked(Skip):
+        def forward(self, images: Tensor, unused: Tensor | None = None) -> Tensor:
+            torch._assert(images.shape[1] == 3, "three channels")
+            return super().forward(images)
+
+    backbone = FrozenBackbone(Checked(nn.SiLU()), "end")
+    assert len(divided(backbone)) == 1
+    assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+
+
+@pytest.mark.usefixtures("small_strips")
+def test_strips_of_wide_images_are_higher_than_their_margins() -> None:
+    heights: list[int] = []
+    part = nn.Conv2d(3, 8, 3, padding=1)
+    part.register_forward_hook(lambda *arguments: heights.append(arguments[1][0].shape[2]))
+    images = torch.randn(1, 3, 64, 2048)
+    found = InStrips(part, Strips(1, 4, 8.0))(images)
+    assert sum(heights) < 1.5 * 64
+    torch.testing.assert_close(found, part(images))
 
 
 @pytest.mark.usefixtures("small_strips")

@@ -13,8 +13,8 @@ from torch import Tensor
 from anomalib_csflow.features import FeaturePyramid
 from anomalib_csflow.flows.pyramid import Pyramid
 
-LEAST_IMAGES = 100
-"""Features of fewer images are computed in torch: converting the backbone takes about 2 s, which 100 images save."""
+LEAST_IMAGES = 200
+"""Features of fewer images are computed in torch: converting the backbone takes about 2 s, which 200 images save."""
 
 TOLERANCE = 1e-3
 """Largest relative difference from torch's features with which OpenVINO is used; 1e-6 to 1e-5 is usual."""

@@ -43,20 +43,28 @@ def float_operations(model: Any, num_first: int = 1) -> list[str]:
         num_first: number of the backbone's first products to leave in float.
     """
     eight_bit: set[str] = set()
-    backbone: list[tuple[str, str]] = []  # names and types of its products, the last one first
+    backbone: list[tuple[str, str, int]] = []  # names, types and weights of its products, the last one first
     operations = [(o, o.get_friendly_name(), o.get_type_name()) for o in model.get_ordered_ops()]
     for operation, name, kind in reversed(operations):
         inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
         consumers = {t.get_node().get_friendly_name() for o in operation.outputs() for t in o.get_target_inputs()}
         is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
         if kind in PRODUCTS and not is_flow:
-            backbone.append((name, kind))
+            backbone.append((name, kind, _weight(inputs[1])))
             eight_bit.add(name)
         elif consumers & eight_bit:
             eight_bit.add(name)
     # what feeds the flow's products stays in float: it becomes the latents
     eight_bit |= {name for _, name, kind in operations if kind in PRODUCTS}
-    eight_bit -= {name for name, kind in backbone if kind == "GroupConvolution"}
-    eight_bit -= {name for name, _ in backbone[max(len(backbone) - num_first, 0) :]}
+    # where an image is divided into strips, a product is there once for each of them
+    first = list(dict.fromkeys(weight for _, _, weight in reversed(backbone)))[:num_first]
+    eight_bit -= {name for name, kind, weight in backbone if kind == "GroupConvolution" or weight in first}
     fixed = {"Constant", "Parameter", "Result"}
     return [name for _, name, kind in operations if kind not in fixed and name not in eight_bit]
+
+
+def _weight(node: Any) -> int:
+    """A digest of the constant that a product's weights are made from, such as by reshaping."""
+    while node.get_input_size():
+        node = node.input_value(0).get_node()
+    return hash(node.data.tobytes()) if node.get_type_name() == "Constant" else hash(node.get_friendly_name())

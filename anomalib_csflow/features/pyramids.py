@@ -55,7 +55,7 @@ class FeaturePyramid(nn.Module):
             raise ValueError(msg)
 
     def few_at_once(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The same maps; on a CPU, of as many images at once as there are threads, or of two.
+        """The same maps; on a CPU, of at most as many images at once as there are threads, or two if there is one.
 
         The maps of more images do not fit the processor's cache: on one and two threads, EfficientNet-Lite takes half
         the time for 16 images of 256 pixels, or less.

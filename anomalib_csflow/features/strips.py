@@ -1,7 +1,7 @@
 """Large images in horizontal strips, because a backbone's first maps take most of the memory of an inference.
 
-A layer only sees some rows above and below a position. So a strip with a margin of that many rows gives exactly the
-whole map's rows of that strip, and the large maps between a block's input and its output never exist as a whole.
+A layer only sees some rows above and below a position. So a strip with a margin of that many rows gives the whole map's
+rows of that strip, up to rounding, and the large maps between a block's input and its output never exist as a whole.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.fx.passes.split_module import split_module
 from torch.nn import functional as F  # noqa: N812
 
 STRIP_VALUES = 2**22
-"""Number of values in the largest map of a strip, without its margin: 16 MiB."""
+"""Number of values in the largest map of a strip of one image, without its margin: 16 MiB."""
 
 LEAST_STRIPS = 3
 """Fewer strips than this would hardly save memory."""
@@ -31,7 +31,7 @@ POINTWISE = (
 )
 """Modules that see one position, in eval mode."""
 
-POINTWISE_FUNCTIONS = {operator.add, operator.iadd, torch.add, torch.relu, F.relu, F.relu6, F.silu, F.gelu}
+POINTWISE_FUNCTIONS = {operator.add, torch.add, torch.relu, F.relu, F.relu6, F.silu, F.gelu}
 """Functions that see one position, if all maps have one size."""
 
 
@@ -69,7 +69,7 @@ class InStrips(nn.Module):
         number = math.ceil(height * width * values / STRIP_VALUES)
         if number < LEAST_STRIPS or height % stride or width % stride:
             return cast("Tensor", self.part(maps))
-        rows = math.ceil(height / number / stride) * stride
+        rows = max(math.ceil(height / number / stride) * stride, 4 * margin)  # of wide images, margins would be most
         done = []
         for top in range(0, height, rows):
             begin, end = max(top - margin, 0), min(top + rows + margin, height)
@@ -91,6 +91,8 @@ def in_strips(model: fx.GraphModule, image: Tensor) -> fx.GraphModule:
     Returns:
         A model that shares all modules with the given one; or that one, if no part of it can be divided.
     """
+    if any(node.op == "get_attr" for node in model.graph.nodes):
+        return model  # dividing would copy these tensors, which would then miss what happens to the model's
     ShapeProp(model).propagate(image)
     nodes = [node for node in model.graph.nodes if node.op != "output"]
     begin = nodes[0]
@@ -122,7 +124,7 @@ def _waists(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:
     for index, node in enumerate(nodes):
         if 0 < index >= needed_until:
             yield node
-        needed_until = max(needed_until, *(place.get(user, 0) for user in node.users))  # the output has no place
+        needed_until = max([needed_until, *(place.get(user, 0) for user in node.users)])  # the output has no place
 
 
 def _strips(model: fx.GraphModule, begin: fx.Node, inside: Sequence[fx.Node], image: Tensor) -> Strips | None:
@@ -131,6 +133,8 @@ def _strips(model: fx.GraphModule, begin: fx.Node, inside: Sequence[fx.Node], im
     needed = list(model.graph.nodes)[-1].all_input_nodes
     if all(_is_small(node, image) for node in inside) or any(node in needed for node in inside[:-1]):
         return None
+    if any(begin in node.all_input_nodes and _is_in_place(model, node) for node in inside):
+        return None  # it would change the rows that two strips share
     above = _shape(begin)[2]
     reaches = {begin: 0.0}
     for node in inside:
@@ -151,6 +155,8 @@ def _reach(model: fx.GraphModule, node: fx.Node) -> int | None:
         one_size = all(_shape(x)[2:] == _shape(node)[2:] for x in node.all_input_nodes)
         return 0 if one_size and node.target in POINTWISE_FUNCTIONS else None
     module: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
+        return None  # it takes the statistics of what it sees
     if isinstance(module, POINTWISE):
         return 0
     is_local = isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))
@@ -161,9 +167,15 @@ def _reach(model: fx.GraphModule, node: fx.Node) -> int | None:
     return max(padding, seen - padding)
 
 
+def _is_in_place(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may write to its input."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return bool(getattr(module, "inplace", False) or node.kwargs.get("inplace", False))
+
+
 def _rows(value: Any) -> int:
     """That of the rows, of a convolution's sizes; padding by a rule ("same") counts as none, the worst case."""
-    first = value[0] if isinstance(value, tuple) else value
+    first = value[0] if isinstance(value, (tuple, list)) else value
     return first if isinstance(first, int) else 0
 
 

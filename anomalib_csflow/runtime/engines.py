@@ -80,6 +80,7 @@ class OpenVinoEngine:
         if key not in self._compiled:
             try:
                 model = self.core.read_model(self.path)
+                check_size(model, shape)
                 if key[0] is not None:
                     model.reshape(list(shape))
                 self._compiled[key] = self.core.compile_model(model, "CPU", {**self.settings, "PERFORMANCE_HINT": hint})
@@ -144,6 +145,14 @@ def open_engine(bundle: Bundle, runtime: Runtime | None, precision: Precision, n
     if chosen == "onnx":
         return OnnxEngine(bundle, num_threads)
     return OpenVinoEngine(bundle, precision, num_threads)
+
+
+def check_size(model: Any, shape: tuple[int, ...]) -> None:
+    """Raise BundleError if a model for one image size gets another, whose lower part it might never look at."""
+    expected = model.input(0).partial_shape
+    if any(expected[axis].is_static and expected[axis].get_length() != shape[axis] for axis in (2, 3)):
+        msg = f"this model is for images of {expected[2]}x{expected[3]} pixels only, got {shape[2]}x{shape[3]}"
+        raise BundleError(msg)
 
 
 def _named(results: Any) -> Outputs:
