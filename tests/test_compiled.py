@@ -74,12 +74,12 @@ def test_torch_computes_where_openvino_differs(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     features = PYRAMIDS["layers"]()
-    assert isinstance(compiled(features, 100, CPU, "32-true"), CompiledFeatures)
-    assert compiled(features, 99, CPU, "32-true") is None
-    assert compiled(features, 100, CPU, "bf16-mixed") is None
-    assert compiled(features, 100, torch.device("cuda"), "32-true") is None
+    assert isinstance(compiled(features, 200, CPU, "32-true"), CompiledFeatures)
+    assert compiled(features, 199, CPU, "32-true") is None
+    assert compiled(features, 200, CPU, "bf16-mixed") is None
+    assert compiled(features, 200, torch.device("cuda"), "32-true") is None
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert compiled(features, 100, CPU, "32-true") is None
+    assert compiled(features, 200, CPU, "32-true") is None
 
 
 class Scores(Callback):
