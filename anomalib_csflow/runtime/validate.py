@@ -130,7 +130,7 @@ def _run(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return Measured(case, error=str(error).splitlines()[0]), []
     p95 = ms[math.ceil(0.95 * len(ms)) - 1]
-    return Measured(case, len(images), p50_ms=median(ms), p95_ms=p95, peak_mb=_peak_mb()), outputs
+    return Measured(case, len(images), p50_ms=median(ms), p95_ms=p95, peak_mb=peak_mb()), outputs
 
 
 def _compared(found: Measured, outputs: Outputs, expected: Outputs) -> Measured:
@@ -190,7 +190,7 @@ def _has_bfloat16() -> bool:
     return "BF16" in capabilities
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Most resident memory of this process, where Linux says so: getrusage would give that of a larger parent."""
     status = Path("/proc/self/status")
     if not status.exists():
