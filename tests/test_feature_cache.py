@@ -2,9 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -258,7 +258,8 @@ def test_smaller_dtypes_train_alike(image_folder: Path, tmp_path: Path, dtype: A
 
 
 SCRIPT = """
-import sys, warnings
+import json, sys, warnings
+from pathlib import Path
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
@@ -276,7 +277,7 @@ class Count(Callback):
     def on_train_end(self, trainer, pl_module):
         loss = float(trainer.callback_metrics["train_loss_epoch"])
         mean = float(pl_module.model.standardization.mean_0.sum())
-        print(f"process {trainer.global_rank}: {self.images} images, loss {loss}, mean {mean}", flush=True)
+        Path(results, f"process_{trainer.global_rank}.json").write_text(json.dumps([self.images, loss, mean]))
 
 root, results, cache, max_gb, devices, num_workers = sys.argv[1:]
 data = Folder("textures", "train/good", root=root, normal_test_dir="test/good", val_split_mode="none",
@@ -303,8 +304,11 @@ def fit_in_a_process_of_its_own(
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = re.findall(r"process \d: (\d+) images, loss (\S+), mean (\S+)", done.stdout)
-    return [(int(count), float(loss), float(mean)) for count, loss, mean in found]
+    # Files, since what two processes print at once may share a line.
+    found = [path.read_text() for path in sorted(tmp_path.glob("process_*.json"))]
+    for path in tmp_path.glob("process_*.json"):
+        path.unlink()
+    return [tuple(json.loads(text)) for text in found]
 
 
 @pytest.mark.slow
