@@ -1,7 +1,9 @@
 """The schedules: laid out over the training, stretched on resuming."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,15 @@ from anomalib_csflow.engine import optimization
 from anomalib_csflow.engine.optimization import NonFiniteLossError, TrainingOptions
 
 
+def configured(options: TrainingOptions, num_steps: Callable[[], float]) -> dict[str, Any]:
+    return optimization.optimizer_with_schedule([torch.nn.Parameter(torch.zeros(1))], options, num_steps)
+
+
 def rates(schedule: str, steps: int) -> list[float]:
     """Learning rate of each step of a training."""
-    setup = optimization.adam([torch.nn.Parameter(torch.zeros(1))], TrainingOptions(2.0, schedule), lambda: steps)
+    setup = optimization.optimizer_with_schedule(
+        [torch.nn.Parameter(torch.zeros(1))], TrainingOptions(2.0, schedule), lambda: steps
+    )
     optimizer = setup["optimizer"]
     found = []
     for step in range(steps):
@@ -46,8 +54,8 @@ def test_schedules() -> None:
 
 def test_schedules_are_stretched_on_resuming() -> None:
     options = TrainingOptions(2.0, "warmup_cosine")
-    first = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 10)["lr_scheduler"]["scheduler"]
-    second = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 20)["lr_scheduler"]["scheduler"]
+    first = configured(options, lambda: 10)["lr_scheduler"]["scheduler"]
+    second = configured(options, lambda: 20)["lr_scheduler"]["scheduler"]
     for scheduler in [first] * 10:
         scheduler.optimizer.step()
         scheduler.step()
@@ -59,15 +67,19 @@ def test_schedules_are_stretched_on_resuming() -> None:
 
 def test_arguments_reach_adam() -> None:
     options = TrainingOptions(0.1, "constant", betas=[0.8, 0.8], eps=1e-4, weight_decay=1e-5)
-    (group,) = optimization.adam([torch.nn.Parameter(torch.zeros(1))], options, lambda: 1)["optimizer"].param_groups
+    (group,) = configured(options, lambda: 1)["optimizer"].param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.8), 1e-4, 1e-5)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="schedule='one_cycle' needs the number of steps"):
-        optimization.adam([torch.nn.Parameter(torch.zeros(1))], TrainingOptions(1, "one_cycle"), lambda: float("inf"))
+        optimization.optimizer_with_schedule(
+            [torch.nn.Parameter(torch.zeros(1))], TrainingOptions(1, "one_cycle"), lambda: float("inf")
+        )
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, one_cycle"):
         TrainingOptions(1, "cosine")
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of adam, muon"):
+        TrainingOptions(1, "constant", optimizer="sgd")
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(datamodule: Folder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How flows are trained: Adam, learning-rate schedules by name, and a stop if a loss is not finite."""
+"""How flows are trained: optimizers and learning-rate schedules by name, and a stop if a loss is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .arguments import check_arguments
 from .model import FlowModel
+from .muon import Muon
 from .resuming import Progress
 
 Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
@@ -28,6 +29,9 @@ Schedule = Literal["constant", "one_cycle", "warmup_cosine", "warmup_steps"]
 All except the first are defined over the whole training, and are stretched when it is resumed for more epochs.
 """
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+OptimizerName = Literal["adam", "muon"]
+"""``adam``, which the papers use, or :class:`~anomalib_csflow.engine.muon.Muon`, which needs about half the steps."""
+OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "muon": Muon}
 Noise = float | Literal["auto"]
 """Gaussian noise on the training features, in standard deviations of each channel.
 
@@ -43,7 +47,7 @@ class TrainingOptions:
     """Those of a detector's arguments that say how its flow is trained; they may differ from a checkpoint's.
 
     Raises:
-        ValueError: if there is no schedule of that name, or a number is out of range.
+        ValueError: if there is no schedule or optimizer of that name, or a number is out of range.
     """
 
     lr: float
@@ -57,11 +61,15 @@ class TrainingOptions:
     max_steps: int | None = None
     noise: Noise = 0.0
     crop_size: int | None = None
+    optimizer: OptimizerName = "adam"
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))
         if self.schedule not in SCHEDULES:
             msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
+            raise ValueError(msg)
+        if self.optimizer not in OPTIMIZERS:
+            msg = f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}"
             raise ValueError(msg)
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
@@ -109,20 +117,20 @@ def _warmup(progress: float, length: float) -> float:
     return WARMUP_START + (1 - WARMUP_START) * min(progress / length, 1.0)
 
 
-def adam(
+def optimizer_with_schedule(
     parameters: Iterable[nn.Parameter],
     options: TrainingOptions,
     num_steps: Callable[[], float],
     *,
     fused: bool = True,
 ) -> OptimizerLRScheduler:
-    """Adam with a schedule.
+    """An optimizer with a schedule.
 
     Args:
         parameters: to optimize.
-        options: of Adam and of the schedule.
+        options: of the optimizer and of the schedule.
         num_steps: returns the number of training steps, which all schedules except ``constant`` need.
-        fused: use the fused optimizer, which takes a quarter of the time on a CPU. Lightning's mixed precision
+        fused: use the fused form of Adam, which takes a quarter of the time on a CPU. Lightning's mixed precision
             cannot clip gradients with it.
 
     Returns:
@@ -131,7 +139,7 @@ def adam(
     Raises:
         ValueError: if the schedule needs the number of steps, and it is infinite.
     """
-    optimizer = torch.optim.Adam(
+    optimizer = OPTIMIZERS[options.optimizer](
         parameters,
         lr=options.lr,
         betas=(options.betas[0], options.betas[1]),  # a list in YAML
@@ -176,9 +184,9 @@ class FlowOptimization(LightningModule):
     done: Progress | None = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam on the flow's parameters, with the detector's schedule."""
+        """The detector's optimizer on the flow's parameters, with its schedule."""
         is_mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
-        return adam(
+        return optimizer_with_schedule(
             self.model.flow.parameters(),
             self.training_options,
             lambda: self.done.all_steps(self.trainer) if self.done else self.trainer.estimated_stepping_batches,

@@ -28,7 +28,7 @@ from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.levels import LevelScale
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, OptimizerName, Schedule, TrainingOptions
 from anomalib_csflow.features import CrossScalePyramid, FeaturePyramid, FrozenBackbone, FrozenLayers, ImagePyramid
 from anomalib_csflow.flows import (
     ChannelStandardization,
@@ -138,7 +138,7 @@ class CSFlow(FlowDetector):
             mean and standard deviation; likelihoods remain those of the features.
         map_mode: ``finest`` (the paper's), ``mean`` or ``product`` of the levels, or their ``soft_minimum``, each
             level in standard deviations of the training images' maps.
-        lr: Adam's learning rate.
+        lr: learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
@@ -166,6 +166,8 @@ class CSFlow(FlowDetector):
             less closely.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
+        optimizer: ``adam`` (the paper's) or ``muon``, which needs about half the steps, see
+            :data:`anomalib_csflow.engine.optimization.OptimizerName`.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
@@ -225,6 +227,7 @@ class CSFlow(FlowDetector):
         top_share: float = 0.0,
         coarse_kernel_size: int | None = None,
         region: str | None = None,
+        optimizer: OptimizerName = "adam",
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -262,6 +265,7 @@ class CSFlow(FlowDetector):
         training = TrainingOptions(
             *(lr, schedule, max_epochs, gradient_clip_norm, weight_decay, betas, eps, bfloat16, max_steps, noise),
             crop_size=crop_size,
+            optimizer=optimizer,
         )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
