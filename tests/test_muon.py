@@ -11,15 +11,25 @@ from conftest import SMALL
 from torch import nn
 
 from anomalib_csflow import CSFlow
+from anomalib_csflow.engine import muon
 from anomalib_csflow.engine.muon import UPDATE_RMS, Muon, is_matrix, orthogonalized
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Of a processor that multiplies bfloat16, and of one that does not."""
+    monkeypatch.setattr(muon, "computes_bfloat16", lambda _: request.param)
+    return torch.bfloat16 if request.param else torch.float32
 
 
 @pytest.mark.parametrize("shape", [(8, 50), (50, 8), (16, 16)], ids=str)
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
-def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, int], scale: float) -> None:
+def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape) * torch.logspace(0, -1, shape[1])
-    found = orthogonalized(matrix * scale).float()
+    found = orthogonalized(matrix * scale)
+    assert found.dtype == dtype
+    found = found.float()
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.linalg.svdvals(found) == pytest.approx(torch.ones(min(shape)), abs=0.45)
     aligned = torch.einsum("mk,mn,kn->k", u, found, v)  # the singular values, if the vectors are the same

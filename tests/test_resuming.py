@@ -11,6 +11,7 @@ from conftest import CFLOW, SMALL
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from anomalib_csflow import CFlow, CSFlow
+from anomalib_csflow.engine.checkpoint_files import CheckpointError
 from anomalib_csflow.engine.detector import FlowDetector
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
@@ -100,6 +101,16 @@ def test_a_finished_fit_has_no_steps_left(image_folder: Path, tmp_path: Path) ->
     engine, _ = fit(image_folder, tmp_path, max_steps=4)
     again, rates = fit(image_folder, tmp_path, max_steps=4, ckpt_path=engine.best_model_path)
     assert (again.trainer.global_step, rates) == (4, [])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_another_optimizer_does_not_go_on(optimizer: str, image_folder: Path, tmp_path: Path) -> None:
+    engine, _ = fit(image_folder, tmp_path, max_steps=2, optimizer=optimizer)
+    path, other = engine.best_model_path, {"adam": "muon", "muon": "adam"}[optimizer]
+    with pytest.raises(CheckpointError, match=f"fit has optimizer='{optimizer}', and cannot go on with '{other}'"):
+        fit(image_folder, tmp_path / "other", max_steps=3, optimizer=other, ckpt_path=path)
+    again, _ = fit(image_folder, tmp_path / "same", max_steps=3, optimizer=optimizer, ckpt_path=path)
+    assert again.trainer.global_step == 3
 
 
 def test_several_steps_a_batch(image_folder: Path, tmp_path: Path) -> None:

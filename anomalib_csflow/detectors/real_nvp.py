@@ -83,7 +83,7 @@ class RealNVP(FlowDetector):
         num_hidden: hidden layers of the couplings' networks.
         standardize: begin the flow with a fixed layer that standardizes each channel with the training features'
             mean and standard deviation; likelihoods remain those of the features.
-        lr: Adam's learning rate.
+        lr: learning rate.
         weight_decay: Adam's.
         gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.

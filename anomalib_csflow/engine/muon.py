@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import computes_bfloat16
+
 UPDATE_RMS = 0.6
 """Root mean square of a weight's update in learning rates, about as large as Adam's steps are early in a training."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -24,8 +26,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         matrix: ``(M, N)``, of any scale.
 
     Returns:
-        ``(M, N)`` in bfloat16, from five Newton-Schulz iterations. Singular values below 1/1000 of the matrix's norm
-        remain smaller.
+        ``(M, N)`` from five Newton-Schulz iterations, in bfloat16 if the device multiplies it, and else in float32.
+        Singular values below 1/1000 of the matrix's norm remain smaller.
 
     Example:
         >>> torch.linalg.svdvals(orthogonalized(torch.diag(torch.tensor([1.0, 0.1]))).float()).round(decimals=1)
@@ -34,7 +36,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     first, second, third = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
-    x = (x / x.norm().clamp(min=1e-30)).bfloat16()
+    x = x / x.norm().clamp(min=1e-30)
+    x = x.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .arguments import check_arguments
+from .checkpoint_files import CheckpointError
 from .model import FlowModel
 from .muon import Muon
 from .resuming import Progress
@@ -68,7 +69,7 @@ class TrainingOptions:
         if self.schedule not in SCHEDULES:
             msg = f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
             raise ValueError(msg)
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in tuple(OPTIMIZERS):  # a list, for instance, cannot be looked up
             msg = f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}"
             raise ValueError(msg)
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
@@ -194,9 +195,20 @@ class FlowOptimization(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume a schedule at its step, stretched to the number of steps planned now."""
+        """Resume a schedule at its step, stretched to the number of steps planned now.
+
+        Raises:
+            CheckpointError: if a fit is resumed with another optimizer than the checkpoint's, whose state it needs.
+        """
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "fit":
+            saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adam")
+            if checkpoint.get("optimizer_states") and saved != self.training_options.optimizer:
+                msg = (
+                    f"the checkpoint's fit has optimizer={saved!r}, and cannot go on with "
+                    f"{self.training_options.optimizer!r}: set optimizer to {saved!r}, or begin a new fit"
+                )
+                raise CheckpointError(msg)
             self.done = Progress.of(checkpoint)
         forget_length(checkpoint)
 

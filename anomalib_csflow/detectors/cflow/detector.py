@@ -69,7 +69,7 @@ class CFlow(FlowDetector):
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
         fibers_per_step: number of positions per optimizer step.
-        lr: Adam's learning rate.
+        lr: learning rate.
         gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.

@@ -77,7 +77,7 @@ class DifferNet(FlowDetector):
         fixed_train_rotations: train on fixed angles, multiples of 360 degrees over ``num_train_rotations``, instead of
             random ones: then the features of a view are always the same, and can be cached.
         localize: also make anomaly maps in the engine's validation, test and prediction: one gradient per view.
-        lr: Adam's learning rate.
+        lr: learning rate.
         betas: Adam's.
         eps: Adam's.
         weight_decay: Adam's.
