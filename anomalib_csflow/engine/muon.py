@@ -53,7 +53,8 @@ class Muon(torch.optim.Adam):
     """Muon for the weights of convolutions and linear layers, Adam for all other parameters.
 
     torch's own ``Muon`` refuses all parameters but matrices. Adam's first beta is Muon's momentum. A convolution's
-    weight ``(O, I, k, k)`` is a matrix of ``O`` rows.
+    weight ``(O, I, k, k)`` is a matrix of ``O`` rows. ``weight_decay`` shrinks matrices themselves, and not by
+    way of the gradient.
 
     Args and what is raised are those of :class:`torch.optim.Adam`.
     """
