@@ -36,8 +36,9 @@ def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, int], sca
     assert aligned == pytest.approx(torch.linalg.svdvals(found).numpy().mean(), abs=0.45)
 
 
-def test_nothing_from_no_gradient() -> None:
-    assert orthogonalized(torch.zeros(4, 6)).abs().max() == 0
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_nothing_from_no_gradient(given: torch.dtype) -> None:
+    assert orthogonalized(torch.zeros(4, 6, dtype=given)).abs().max() == 0
 
 
 def test_what_is_a_matrix() -> None:

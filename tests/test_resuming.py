@@ -1,5 +1,6 @@
 """Resuming a training: with other numbers of steps, epochs and images in a batch, the schedule ends with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_another_optimizer_does_not_go_on(optimizer: str, image_folder: Path, tm
     with pytest.raises(CheckpointError, match=f"fit has optimizer='{optimizer}', and cannot go on with '{other}'"):
         fit(image_folder, tmp_path / "other", max_steps=3, optimizer=other, ckpt_path=path)
     again, _ = fit(image_folder, tmp_path / "same", max_steps=3, optimizer=optimizer, ckpt_path=path)
+    assert again.trainer.global_step == 3
+
+
+def test_an_optimizer_that_is_no_argument(image_folder: Path, tmp_path: Path) -> None:
+    """As in a detector of one's own, which may fix it."""
+
+    class Fixed(CSFlow):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.training_options = replace(self.training_options, optimizer="muon")
+
+    engine, _ = fit(image_folder, tmp_path, cls=Fixed, max_steps=2)
+    again, _ = fit(image_folder, tmp_path / "again", cls=Fixed, max_steps=3, ckpt_path=engine.best_model_path)
     assert again.trainer.global_step == 3
 
 

@@ -35,7 +35,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     """
     first, second, third = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
+    x = matrix.float().T if is_tall else matrix.float()
     x = x / x.norm().clamp(min=1e-30)
     x = x.to(torch.bfloat16 if computes_bfloat16(matrix.device) else torch.float32)
     for _ in range(NUM_ITERATIONS):
@@ -56,7 +56,7 @@ class Muon(torch.optim.Adam):
     weight ``(O, I, k, k)`` is a matrix of ``O`` rows. ``weight_decay`` shrinks matrices themselves, and not by
     way of the gradient.
 
-    Args and what is raised are those of :class:`torch.optim.Adam`.
+    Args and what is raised are those of :class:`torch.optim.Adam`; ``maximize`` is not for matrices.
     """
 
     @torch.no_grad()

@@ -39,6 +39,8 @@ Noise = float | Literal["auto"]
 It keeps a flow from learning a few images by heart. The learned density, whose likelihoods are exact, is that of the
 noisy features. ``auto`` is ``(20 / n)^(2/3)`` for n training images, but at most 1.
 """
+OPTIMIZER_KEY = "anomalib_csflow_optimizer"
+"""Of a checkpoint: name of the optimizer whose state it holds; earlier ones have none, and Adam's."""
 WARMUP_START = 0.1
 """Share of the learning rate at which the warm-up of CFLOW-AD and MSFlow begins."""
 
@@ -194,6 +196,11 @@ class FlowOptimization(LightningModule):
             fused=not is_mixed,
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose state the optimizer's is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[OPTIMIZER_KEY] = self.training_options.optimizer
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume a schedule at its step, stretched to the number of steps planned now.
 
@@ -202,7 +209,7 @@ class FlowOptimization(LightningModule):
         """
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adam")
+            saved = checkpoint.get(OPTIMIZER_KEY, "adam")
             if checkpoint.get("optimizer_states") and saved != self.training_options.optimizer:
                 msg = (
                     f"the checkpoint's fit has optimizer={saved!r}, and cannot go on with "
