@@ -22,9 +22,7 @@ def configured(options: TrainingOptions, num_steps: Callable[[], float]) -> dict
 
 def rates(schedule: str, steps: int) -> list[float]:
     """Learning rate of each step of a training."""
-    setup = optimization.optimizer_with_schedule(
-        [torch.nn.Parameter(torch.zeros(1))], TrainingOptions(2.0, schedule), lambda: steps
-    )
+    setup = configured(TrainingOptions(2.0, schedule), lambda: steps)
     optimizer = setup["optimizer"]
     found = []
     for step in range(steps):
@@ -73,9 +71,7 @@ def test_arguments_reach_adam() -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="schedule='one_cycle' needs the number of steps"):
-        optimization.optimizer_with_schedule(
-            [torch.nn.Parameter(torch.zeros(1))], TrainingOptions(1, "one_cycle"), lambda: float("inf")
-        )
+        configured(TrainingOptions(1, "one_cycle"), lambda: float("inf"))
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose one of constant, one_cycle"):
         TrainingOptions(1, "cosine")
     with pytest.raises(ValueError, match="unknown optimizer 'sgd': choose one of adam, muon"):

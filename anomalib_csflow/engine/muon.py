@@ -14,7 +14,7 @@ from torch import Tensor
 from .precision import computes_bfloat16
 
 UPDATE_RMS = 0.6
-"""Root mean square of a weight's update in learning rates, about as large as Adam's steps are early in a training."""
+"""Root mean square of a weight's update in learning rates; with 0.2, as in Liu et al., flows learned more slowly."""
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 
