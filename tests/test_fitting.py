@@ -163,7 +163,7 @@ def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> 
     for noisy, std in zip(detector.noisy(zeros), detector.model.standardization.stds, strict=True):
         torch.testing.assert_close(noisy.std((0, 2, 3)), 0.5 * std, rtol=0.1, atol=0)
     assert CSFlow(**OVER_LAYERS).training_options.noise_for(5) == 1
-    assert CSFlow(**OVER_LAYERS).training_options.noise_for(2000) == pytest.approx(0.01 ** (2 / 3))
+    assert CSFlow(**OVER_LAYERS).training_options.noise_for(2000) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ Noise = float | Literal["auto"]
 """Gaussian noise on the training features, in standard deviations of each channel.
 
 It keeps a flow from learning a few images by heart. The learned density, whose likelihoods are exact, is that of the
-noisy features. ``auto`` is ``(20 / n)^(2/3)`` for n training images, but at most 1.
+noisy features. ``auto`` is ``sqrt(20 / n)`` for n training images, but at most 1.
 """
 OPTIMIZER_KEY = "anomalib_csflow_optimizer"
 """Of a checkpoint: name of the optimizer whose state it holds; earlier ones have none, and Adam's."""
@@ -80,7 +80,7 @@ class TrainingOptions:
 
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""
-        return min(1.0, (20 / max(num_images, 1)) ** (2 / 3)) if self.noise == "auto" else float(self.noise)
+        return min(1.0, math.sqrt(20 / max(num_images, 1))) if self.noise == "auto" else float(self.noise)
 
 
 def warmup_cosine(progress: float) -> float:
