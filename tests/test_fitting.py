@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 
 from anomalib_csflow import CSFlow, FastFlow, FeatureCache
 from anomalib_csflow.engine import images, roles, step_images
+from anomalib_csflow.engine.optimization import TrainingOptions
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.engine.providers import RepeatedSet
 
@@ -164,6 +165,7 @@ def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> 
         torch.testing.assert_close(noisy.std((0, 2, 3)), 0.5 * std, rtol=0.1, atol=0)
     assert CSFlow(**OVER_LAYERS).training_options.noise_for(5) == 1
     assert CSFlow(**OVER_LAYERS).training_options.noise_for(2000) == pytest.approx(0.1)
+    assert TrainingOptions(1.0, "constant", noise="auto").noise_for(160) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

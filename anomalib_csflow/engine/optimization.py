@@ -37,7 +37,8 @@ Noise = float | Literal["auto"]
 """Gaussian noise on the training features, in standard deviations of each channel.
 
 It keeps a flow from learning a few images by heart. The learned density, whose likelihoods are exact, is that of the
-noisy features. ``auto`` is ``sqrt(20 / n)`` for n training images, but at most 1.
+noisy features. ``auto`` is ``(20 / n)^a`` for n training images, but at most 1, where a is 1/2 for ``CSFlow`` and 2/3
+for the other detectors.
 """
 OPTIMIZER_KEY = "anomalib_csflow_optimizer"
 """Of a checkpoint: name of the optimizer whose state it holds; earlier ones have none, and Adam's."""
@@ -65,6 +66,7 @@ class TrainingOptions:
     noise: Noise = 0.0
     crop_size: int | None = None
     optimizer: OptimizerName = "adam"
+    noise_exponent: float = 2 / 3
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))
@@ -80,7 +82,9 @@ class TrainingOptions:
 
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""
-        return min(1.0, math.sqrt(20 / max(num_images, 1))) if self.noise == "auto" else float(self.noise)
+        if self.noise != "auto":
+            return float(self.noise)
+        return min(1.0, (20 / max(num_images, 1)) ** self.noise_exponent)
 
 
 def warmup_cosine(progress: float) -> float:
