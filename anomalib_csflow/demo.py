@@ -39,7 +39,7 @@ TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
 TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
-STEPS = 150
+STEPS = 120
 METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 
 Grey = NDArray[np.float64]  # (H, W) in [0, 255]
