@@ -217,9 +217,8 @@ def run(root: Path, steps: int = STEPS) -> None:
         draw_pictures(name, root / "data", detector.eval(), pictures[-1])
         table.add_row(name, *(f"{found[name]:.3f}" for name in METRICS), f"{seconds:.0f}")
     console.rule(f"[bold]{name}[/bold]: export to OpenVINO, predict with it")  # one is enough to see: it takes seconds
-    console.print(
-        try_export(detector, sorted((root / "data" / name / "test").rglob("*.png")), root / "exported" / name)
-    )
+    images = sorted((root / "data" / name / "test").rglob("*.png"))
+    console.print(try_export(detector, images, root / "exported" / name))
     console.print(table)
     console.print("AUROC and AUPRO are at most 1.")
     console.print("Pictures:", *(str(path) for path in pictures), sep="\n  ")
