@@ -100,6 +100,7 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "coupling, kernel 3": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=3, clamp=1.9),
     "coupling, kernel 4": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=4),
     "coupling, kernel 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=5),
+    "coupling, kernels 3 and 1": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, output_kernel_size=1),
     "coupling, kernels 3 and 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, coarse_kernel_size=5),
     "coupling, other conditioner": lambda dims: CrossScaleCoupling(dims, conditioner=Pointwise),
     "coupling, fusion": lambda dims: CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=1.9),

@@ -28,7 +28,8 @@ FLAGS = (
     *("localize", "keep_aspect"),
 )
 OPTIONAL = (
-    *("kernel_sizes", "coarse_kernel_size", "gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region"),
+    *("kernel_sizes", "coarse_kernel_size", "output_kernel_size"),
+    *("gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region"),
 )
 """May be None too."""
 
@@ -66,9 +67,9 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"one or more whole numbers from 1 to {LARGEST_KERNEL}",
         lambda x: _each(x, partial(_is_whole, most=LARGEST_KERNEL)),
     ),
-    "coarse_kernel_size": (
-        f"a whole number from 1 to {LARGEST_KERNEL}",
-        partial(_is_whole, most=LARGEST_KERNEL),
+    **dict.fromkeys(
+        ("coarse_kernel_size", "output_kernel_size"),
+        (f"a whole number from 1 to {LARGEST_KERNEL}", partial(_is_whole, most=LARGEST_KERNEL)),
     ),
     "betas": ("two numbers of 0 or more and below 1", lambda x: _each(x, partial(_is_number, below=1), (2,))),
     "image_size": ("positive, a whole number or two", lambda x: _is_whole(x) or _each(x, _is_whole, (1, 2))),

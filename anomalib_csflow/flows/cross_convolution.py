@@ -45,7 +45,8 @@ class CrossConvolution(nn.Module):
                + \mathrm{conv}_{\mathrm{stride}\,2}(h_{i-1})]
 
     An up link resizes bilinearly to exactly the finer map's size; a down link gives exactly the
-    coarser map's. Each :math:`\gamma_i` is learned, starting from 0, so an untrained coupling is the identity.
+    coarser map's, by a kernel of at least 2, so that it sees every position. Each :math:`\gamma_i` is
+    learned, starting from 0, so an untrained coupling is the identity.
 
     Args:
         in_channels: channels of each level's input, finest first.
@@ -54,6 +55,8 @@ class CrossConvolution(nn.Module):
         kernel_size: of the finest level's convolutions and of the links.
         coarse_kernel_size: of the other levels' convolutions; by default ``kernel_size``. A coarse level has few
             positions, so that a larger kernel costs little there.
+        output_kernel_size: of the links, and of the second convolutions unless ``coarse_kernel_size`` says theirs; by
+            default ``kernel_size``. At the finest level, these have most of the multiplications.
 
     Shape:
         maps ``(N, in_channels[i], H_i, W_i)`` to maps ``(N, out_channels[i], H_i, W_i)``.
@@ -66,18 +69,22 @@ class CrossConvolution(nn.Module):
         hidden_channels: int = 1024,
         kernel_size: int = 3,
         coarse_kernel_size: int | None = None,
+        output_kernel_size: int | None = None,
     ) -> None:
         super().__init__()
         links = len(in_channels) - 1
         hidden = hidden_channels
+        output_size = output_kernel_size or kernel_size
         sizes = [kernel_size, *[coarse_kernel_size or kernel_size] * links]
+        last = [output_size, *[coarse_kernel_size or output_size] * links]
         self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, k)) for c, k in zip(in_channels, sizes, strict=True))
-        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, k)) for c, k in zip(out_channels, sizes, strict=True))
+        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, k)) for c, k in zip(out_channels, last, strict=True))
         # up[i] leads from level i + 1 to level i, down[i] from level i to level i + 1
         self.up = nn.ModuleList(
-            lay_out(SameConv2d(hidden, c, kernel_size), resized=True) for c in list(out_channels)[:links]
+            lay_out(SameConv2d(hidden, c, output_size), resized=True) for c in list(out_channels)[:links]
         )
-        self.down = nn.ModuleList(lay_out(SameConv2d(hidden, c, kernel_size, stride=2)) for c in list(out_channels)[1:])
+        down = max(output_size, 2)
+        self.down = nn.ModuleList(lay_out(SameConv2d(hidden, c, down, stride=2)) for c in list(out_channels)[1:])
         self.gamma = nn.Parameter(torch.zeros(len(in_channels)))
 
     def forward(self, pyramid: Pyramid) -> Pyramid:

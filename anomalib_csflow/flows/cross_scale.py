@@ -42,6 +42,8 @@ class CrossScaleCoupling(InvertibleModule):
         hidden_channels: of the default conditioner.
         kernel_size: of the default conditioner.
         coarse_kernel_size: of the default conditioner, for all levels but the finest; by default ``kernel_size``.
+        output_kernel_size: of the default conditioner, for its links, and for its second convolutions unless
+            ``coarse_kernel_size`` says theirs; by default ``kernel_size``.
         clamp: bound :math:`c` of the log-scales (the paper's alpha).
 
     Shape:
@@ -66,6 +68,7 @@ class CrossScaleCoupling(InvertibleModule):
         hidden_channels: int = 1024,
         kernel_size: int = 3,
         coarse_kernel_size: int | None = None,
+        output_kernel_size: int | None = None,
         clamp: float = 3.0,
     ) -> None:
         super().__init__(dims_in, dims_c)
@@ -86,6 +89,7 @@ class CrossScaleCoupling(InvertibleModule):
             hidden_channels=hidden_channels,
             kernel_size=kernel_size,
             coarse_kernel_size=coarse_kernel_size,
+            output_kernel_size=output_kernel_size,
         )
         self.from_first = build([u + c for u, c in zip(first, conditions, strict=True)], [2 * v for v in second])
         self.from_second = build([v + c for v, c in zip(second, conditions, strict=True)], [2 * u for u in first])

@@ -38,6 +38,8 @@ def convolve_resized(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tenso
     multiplied by each matrix, the products are resized, then added up at their places. For twice the size, this
     takes a quarter of the multiplications.
     """
+    if conv.kernel_size == (1, 1):
+        return F.interpolate(convolve(x, conv), size=size, mode="bilinear", align_corners=False)
     if _is_plain(x) or conv.in_channels < MANY_CHANNELS:
         return convolve(F.interpolate(x, size=size, mode="bilinear", align_corners=False), conv)
     dtype = _product_dtype(x)
@@ -71,12 +73,17 @@ def _bias(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor | float:
 def _windows(x: Tensor, kernel_size: int, stride: int) -> Tensor:
     """Windows of zero-padded ``(N, H, W, C)``: ``(N, ceil(H / stride), ceil(W / stride), k * k * C)``."""
     n, height, width, channels = x.shape
-    before, after = (kernel_size - 1) // 2, kernel_size // 2
-    padded = F.pad(x, (0, 0, before, after, before, after))
+    rows, columns = -(-height // stride), -(-width // stride)
+    before = (kernel_size - 1) // 2
+    below, right = (
+        max(0, (count - 1) * stride + kernel_size - before - size) for count, size in ((rows, height), (columns, width))
+    )
+    padded = F.pad(x, (0, 0, before, right, before, below)) if before or right or below else x
     of_n, of_row, of_column, of_channel = padded.stride()
     return padded.as_strided(
-        (n, -(-height // stride), -(-width // stride), kernel_size, kernel_size, channels),
+        (n, rows, columns, kernel_size, kernel_size, channels),
         (of_n, stride * of_row, stride * of_column, of_row, of_column, of_channel),
+        padded.storage_offset(),
     ).flatten(3)
 
 
@@ -84,8 +91,10 @@ def _add_windows(windows: Tensor, size: tuple[int, int], kernel_size: int, strid
     """The adjoint of :func:`_windows`: each window is added to a map of ``size`` at its place."""
     n, rows, columns, _ = windows.shape
     height, width = size
-    before = (kernel_size - 1) // 2
     windows = windows.unflatten(-1, (kernel_size, kernel_size, -1))
+    if kernel_size == stride <= 2:  # side by side from the first position on
+        return windows.transpose(2, 3).reshape(n, rows * stride, columns * stride, -1)[:, :height, :width]
+    before = (kernel_size - 1) // 2
     padded = windows.new_zeros(n, height + kernel_size - 1, width + kernel_size - 1, windows.shape[-1])
     for i in range(kernel_size):
         for j in range(kernel_size):

@@ -62,6 +62,8 @@ class CSFlowModel(FlowModel):
         top_share: share of the positions that the image score is computed from, unless it is the energy.
         recompute: see :class:`~anomalib_csflow.flows.PyramidFlow`.
         coarse_kernel_size: of the convolutions of all levels but the finest; by default the block's.
+        output_kernel_size: of the links between levels, and of second convolutions unless ``coarse_kernel_size``
+            says theirs; by default the block's.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class CSFlowModel(FlowModel):
         *,
         recompute: bool = False,
         coarse_kernel_size: int | None = None,
+        output_kernel_size: int | None = None,
     ) -> None:
         # only the channels matter: the couplings take maps of any size
         side = 2 ** (len(features.channels) - 1)
@@ -92,6 +95,7 @@ class CSFlowModel(FlowModel):
                     hidden_channels=hidden_channels,
                     kernel_size=kernel_size,
                     coarse_kernel_size=coarse_kernel_size,
+                    output_kernel_size=output_kernel_size,
                     clamp=clamp,
                 )
             )
@@ -166,6 +170,8 @@ class CSFlow(FlowDetector):
         coarse_kernel_size: of the convolutions of all levels but the finest, instead of ``kernel_sizes``. Larger ones
             see more of an image for little more time. On parts that vary, they find more defects, and outline them
             less closely.
+        output_kernel_size: of the links between levels and of second convolutions, unless ``coarse_kernel_size`` says
+            theirs. With 1, a flow that has a fine level takes far less time.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         optimizer: ``adam`` (the paper's) or ``muon``, which needs about half the steps, see
@@ -191,7 +197,7 @@ class CSFlow(FlowDetector):
 
     output_arguments = (
         *("layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
-        *("whiten", "map_mode", "image_score", "top_share", "coarse_kernel_size"),
+        *("whiten", "map_mode", "image_score", "top_share", "coarse_kernel_size", "output_kernel_size"),
     )
     free_arguments = ("recompute",)
     model: CSFlowModel
@@ -228,6 +234,7 @@ class CSFlow(FlowDetector):
         image_score: ImageScore = "energy",
         top_share: float = 0.0,
         coarse_kernel_size: int | None = None,
+        output_kernel_size: int | None = None,
         region: str | None = None,
         optimizer: OptimizerName = "adam",
         pre_processor: PreProcessor | bool = True,
@@ -261,7 +268,14 @@ class CSFlow(FlowDetector):
                 features = ImagePyramid(FrozenBackbone(network, layer), num_scales)
             scores = (map_mode, image_score, top_share)
             widths = (kernel_sizes, hidden_channels, clamp, standardize, whiten)
-            return CSFlowModel(features, *widths, *scores, recompute=recompute, coarse_kernel_size=coarse_kernel_size)
+            return CSFlowModel(
+                features,
+                *widths,
+                *scores,
+                recompute=recompute,
+                coarse_kernel_size=coarse_kernel_size,
+                output_kernel_size=output_kernel_size,
+            )
 
         images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect, region)
         training = TrainingOptions(
