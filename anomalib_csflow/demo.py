@@ -37,6 +37,7 @@ with warnings.catch_warnings():
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 128  # pixels of the 512 x 512 photographs
+SIZE = 256  # pixels to which they are resized: twice as many show all that is in them
 TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
 STEPS = 120
@@ -194,14 +195,15 @@ def run(root: Path, steps: int = STEPS) -> None:
         "texture",
         *(overview.BY_KEY[name].title for name in METRICS),
         "fit, s",
-        title="CS-Flow on EfficientNet-Lite2, 256 pixels",
+        title=f"CS-Flow on EfficientNet-Lite2, {SIZE} pixels",
     )
     pictures = []
     for name in TEXTURES:
         console.rule(f"[bold]{name}[/bold]: fit, test, draw")
         torch.manual_seed(0)
         processor = ConformalPostProcessor(0.05, num_folds=0)
-        detector = from_recipe("cs_flow_small", max_steps=steps, crop_size=CROP, post_processor=processor)
+        changes = {"image_size": SIZE, "crop_size": CROP, "max_steps": steps}
+        detector = from_recipe("cs_flow_small", **changes, post_processor=processor)
         datamodule = folder(root / "data", name)
         seconds = measure.fit(
             detector,

@@ -350,6 +350,25 @@ def test_no_link_joins_scales_that_are_not_neighbours() -> None:
     assert reached == [[True, True, False], [True, True, True], [False, True, True]]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "enter", "leave", "up", "down"),
+    [
+        ({}, [3, 3, 3], [3, 3, 3], 3, 3),
+        ({"coarse_kernel_size": 5}, [3, 5, 5], [3, 5, 5], 3, 3),
+        ({"output_kernel_size": 1}, [3, 3, 3], [1, 1, 1], 1, 2),
+        ({"coarse_kernel_size": 5, "output_kernel_size": 1}, [3, 5, 5], [1, 3, 3], 1, 2),
+        ({"coarse_kernel_size": 1, "output_kernel_size": 2}, [3, 1, 1], [2, 1, 1], 2, 2),
+    ],
+)
+def test_which_kernels_have_which_size(
+    sizes: dict[str, int], enter: list[int], leave: list[int], up: int, down: int
+) -> None:
+    convolution = CrossConvolution([2, 2, 2], [2, 2, 2], hidden_channels=4, **sizes)
+    expected = {"enter": enter, "leave": leave, "up": [up, up], "down": [down, down]}
+    for name, kernels in expected.items():
+        assert [conv.kernel_size for conv in getattr(convolution, name)] == [(k, k) for k in kernels], name
+
+
 def test_inside_a_freia_graph() -> None:
     dims = PYRAMIDS["three scales, halves rounded up"]
     inputs = [InputNode(*shape, name=f"in {scale}") for scale, shape in enumerate(dims)]

@@ -55,8 +55,9 @@ class CrossConvolution(nn.Module):
         kernel_size: of the finest level's convolutions and of the links.
         coarse_kernel_size: of the other levels' convolutions; by default ``kernel_size``. A coarse level has few
             positions, so that a larger kernel costs little there.
-        output_kernel_size: of the links, and of the second convolutions unless ``coarse_kernel_size`` says theirs; by
-            default ``kernel_size``. At the finest level, these have most of the multiplications.
+        output_kernel_size: of the links and the finest level's second convolution, which have most of the
+            multiplications; by default ``kernel_size``. The other levels' second convolutions have kernels larger than
+            this by as much as their first ones are larger than ``kernel_size``.
 
     Shape:
         maps ``(N, in_channels[i], H_i, W_i)`` to maps ``(N, out_channels[i], H_i, W_i)``.
@@ -74,11 +75,11 @@ class CrossConvolution(nn.Module):
         super().__init__()
         links = len(in_channels) - 1
         hidden = hidden_channels
-        output_size = output_kernel_size or kernel_size
-        sizes = [kernel_size, *[coarse_kernel_size or kernel_size] * links]
-        last = [output_size, *[coarse_kernel_size or output_size] * links]
-        self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, k)) for c, k in zip(in_channels, sizes, strict=True))
-        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, k)) for c, k in zip(out_channels, last, strict=True))
+        coarse_size, output_size = coarse_kernel_size or kernel_size, output_kernel_size or kernel_size
+        first = [kernel_size, *[coarse_size] * links]
+        second = [output_size, *[max(1, output_size + coarse_size - kernel_size)] * links]
+        self.enter = nn.ModuleList(lay_out(SameConv2d(c, hidden, k)) for c, k in zip(in_channels, first, strict=True))
+        self.leave = nn.ModuleList(lay_out(SameConv2d(hidden, c, k)) for c, k in zip(out_channels, second, strict=True))
         # up[i] leads from level i + 1 to level i, down[i] from level i to level i + 1
         self.up = nn.ModuleList(
             lay_out(SameConv2d(hidden, c, output_size), resized=True) for c in list(out_channels)[:links]

@@ -42,8 +42,8 @@ class CrossScaleCoupling(InvertibleModule):
         hidden_channels: of the default conditioner.
         kernel_size: of the default conditioner.
         coarse_kernel_size: of the default conditioner, for all levels but the finest; by default ``kernel_size``.
-        output_kernel_size: of the default conditioner, for its links, and for its second convolutions unless
-            ``coarse_kernel_size`` says theirs; by default ``kernel_size``.
+        output_kernel_size: of the default conditioner, for its links and the finest level's second convolution; by
+            default ``kernel_size``.
         clamp: bound :math:`c` of the log-scales (the paper's alpha).
 
     Shape:
