@@ -1,7 +1,7 @@
 """OpenVINO models on a CPU: latency, size, export and compile time, and what 8 bits cost, beside anomalib's models.
 
 PatchCore's memory is filled with 10,000 random vectors of its features' length, as many as the benchmark's baselines
-have at most: the latency does not depend on the vectors.
+have at most: the latency does not depend on the vectors. Each model has the image size that it has in the benchmark.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from anomalib_csflow.benchmark.run.baselines import patchcore
 PATCHCORE = {"PatchCore, stride 16": ("blocks.4",), "PatchCore, strides 8 + 16": ("blocks.2", "blocks.4")}
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8}
 VECTORS = 10_000
+THEIR_SIZE = 256  # pixels, as in configs/benchmark.yaml
 IMPORT = (
     "import time; import {}; start = time.perf_counter(); import anomalib_csflow; print(time.perf_counter() - start)"
 )
@@ -71,13 +72,16 @@ def throughput(path: Path, size: int, hint: str, images: int = 64) -> float:
     return run(images)
 
 
-def latencies(requests: dict[str, Any], image: np.ndarray, repeats: int) -> dict[str, float]:
+def latencies(requests: dict[str, Any], repeats: int) -> dict[str, float]:
     """Median ms for one image, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in requests}
+    generator = np.random.default_rng(0)
+    shapes = {name: tuple(request.get_input_tensor().shape) for name, request in requests.items()}
+    pixels = {name: generator.random(shape, dtype=np.float32) for name, shape in shapes.items()}
     for turn in range(repeats + 3):
         for name, request in requests.items():
             start = time.perf_counter()
-            request.infer({0: image})
+            request.infer({0: pixels[name]})
             if turn >= 3:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: median(values) for name, values in times.items()}
@@ -136,6 +140,7 @@ def main() -> None:
     recipe = config.read_detector({"config": "cs_flow_small.yaml"}, CONFIGS)
     model = recipe.init_args | (TINY if arguments.quick else {})
     size, count = model["image_size"], 16 if arguments.quick else 48
+    their_size = min(size, THEIR_SIZE)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -153,27 +158,27 @@ def main() -> None:
 
         path, export_s = export(ours, root / "ours")
         int8, _ = export(ours, root / "int8", compression_type=CompressionType.INT8_PTQ, datamodule=data)
-        theirs, _ = export(their_csflow(model | {"layer": "blocks.5"}), root / "csflow", input_size=(size, size))
+        csflow = their_csflow(model | {"layer": "blocks.5", "image_size": their_size})
+        theirs, _ = export(csflow, root / "csflow", input_size=(their_size, their_size))
         request, compile_s = compiled(path, size, arguments)
         requests = {
             "ours": request,
             "ours in bfloat16": compiled(path, size, arguments, "bf16")[0],
             "int8": compiled(int8, size, arguments)[0],
-            "csflow": compiled(theirs, size, arguments)[0],
+            "csflow": compiled(theirs, their_size, arguments)[0],
         }
         rivals = dict([*PATCHCORE.items()][:1]) if arguments.quick else PATCHCORE
         for name, layers in rivals.items():
-            rival = patchcore(model["backbone"], model["weights"], size, layers=layers)
+            rival = patchcore(model["backbone"], model["weights"], their_size, layers=layers)
             bank, _ = export(
-                with_random_memory(rival, size, 100 if arguments.quick else VECTORS),
+                with_random_memory(rival, their_size, 100 if arguments.quick else VECTORS),
                 root / f"patchcore_{len(layers)}",
                 onnx_kwargs={"dynamic_shapes": None},
-                input_size=(size, size),
+                input_size=(their_size, their_size),
             )
-            requests[name] = compiled(bank, size, arguments)[0]
-            requests[f"{name}, in bfloat16"] = compiled(bank, size, arguments, "bf16")[0]
-        image = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
-        ms = latencies(requests, image, 10 * arguments.repeats)
+            requests[name] = compiled(bank, their_size, arguments)[0]
+            requests[f"{name}, in bfloat16"] = compiled(bank, their_size, arguments, "bf16")[0]
+        ms = latencies(requests, 10 * arguments.repeats)
         for name in rivals:
             both = ms["ours in bfloat16"], ms[f"{name}, in bfloat16"]
             rows.append(row(f"latency in float32: ours, {name}", ms["ours"], ms[name], 1))
