@@ -38,7 +38,7 @@ def convolve_resized(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tenso
     multiplied by each matrix, the products are resized, then added up at their places. For twice the size, this
     takes a quarter of the multiplications.
     """
-    if conv.kernel_size == (1, 1):
+    if conv.kernel_size == (1, 1):  # the small map has fewer positions, and its output often fewer channels
         return F.interpolate(convolve(x, conv), size=size, mode="bilinear", align_corners=False)
     if _is_plain(x) or conv.in_channels < MANY_CHANNELS:
         return convolve(F.interpolate(x, size=size, mode="bilinear", align_corners=False), conv)
