@@ -18,7 +18,7 @@ from anomalib.models import get_model
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import seed_everything
 from side_by_side import alternating, begin, parser, row, write
-from training import CONFIGS, images
+from training import CONFIGS, THEIR_SIZE, images
 
 from anomalib_csflow import FeatureCache
 from anomalib_csflow.benchmark.run import config
@@ -28,7 +28,6 @@ from anomalib_csflow.engine import compiled
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8, "max_steps": 2}
 COUNT = 400  # images, where no data set is given
 BATCH = 16
-THEIR_SIZE = 256  # pixels, as in configs/benchmark.yaml
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import seed_everything
 from side_by_side import begin, parser, row, write
 from torchmetrics.functional.classification import binary_auroc
-from training import CONFIGS, images, their_csflow
+from training import CONFIGS, THEIR_SIZE, images, their_csflow
 
 from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.benchmark.run.baselines import patchcore
@@ -32,7 +32,6 @@ from anomalib_csflow.benchmark.run.baselines import patchcore
 PATCHCORE = {"PatchCore, stride 16": ("blocks.4",), "PatchCore, strides 8 + 16": ("blocks.2", "blocks.4")}
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8}
 VECTORS = 10_000
-THEIR_SIZE = 256  # pixels, as in configs/benchmark.yaml
 IMPORT = (
     "import time; import {}; start = time.perf_counter(); import anomalib_csflow; print(time.perf_counter() - start)"
 )
@@ -76,12 +75,11 @@ def latencies(requests: dict[str, Any], repeats: int) -> dict[str, float]:
     """Median ms for one image, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in requests}
     generator = np.random.default_rng(0)
-    shapes = {name: tuple(request.get_input_tensor().shape) for name, request in requests.items()}
-    pixels = {name: generator.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+    inputs = {name: generator.random(tuple(r.get_input_tensor().shape), np.float32) for name, r in requests.items()}
     for turn in range(repeats + 3):
         for name, request in requests.items():
             start = time.perf_counter()
-            request.infer({0: pixels[name]})
+            request.infer({0: inputs[name]})
             if turn >= 3:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: median(values) for name, values in times.items()}

@@ -24,6 +24,7 @@ from anomalib_csflow import FeatureCache
 from anomalib_csflow.benchmark.run.baselines import csflow
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+THEIR_SIZE = 256  # pixels of the rivals' images, as in configs/benchmark.yaml
 PAPER_WITHOUT_WEIGHTS = {
     "backbone": "torchvision/efficientnet_b5",
     "layer": "features.6.8",

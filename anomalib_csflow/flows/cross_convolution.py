@@ -55,7 +55,7 @@ class CrossConvolution(nn.Module):
         kernel_size: of the finest level's convolutions and of the links.
         coarse_kernel_size: of the other levels' convolutions; by default ``kernel_size``. A coarse level has few
             positions, so that a larger kernel costs little there.
-        output_kernel_size: of the links and the finest level's second convolution, which have most of the
+        output_kernel_size: of the links and the finest level's second convolution, which have nearly half of the
             multiplications; by default ``kernel_size``. The other levels' second convolutions have kernels larger than
             this by as much as their first ones are larger than ``kernel_size``.
 
