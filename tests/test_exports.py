@@ -85,7 +85,13 @@ def test_openvino_of_a_model_without_a_pre_processor_in_strips(
         if operation.get_type_name() == "Convolution" and operation.input_value(1).shape[1] == 3
     }
     assert (len(stems) > 3) == divided
-    assert stems <= set(float_operations(model, num_first=1))
+    in_float = set(float_operations(model, num_first=1))
+    assert stems <= in_float
+    resizing = {o.get_friendly_name() for o in model.get_ops() if o.get_type_name() == "MatMul"}
+    assert resizing
+    assert resizing <= in_float
+    convolutions = {o.get_friendly_name() for o in model.get_ops() if o.get_type_name() == "Convolution"}
+    assert not (convolutions - stems) & in_float
     images = torch.rand(2, 3, *SIZE)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = compiled(images.numpy())

@@ -12,7 +12,7 @@ from anomalib.engine import Engine
 from conftest import FAST_FLOW
 from lightning.pytorch import Callback
 
-from anomalib_csflow import CSFlow, FastFlow, FeatureCache
+from anomalib_csflow import CSFlow, FastFlow, FeatureCache, scoring
 from anomalib_csflow.engine import images, roles, step_images
 from anomalib_csflow.engine.optimization import TrainingOptions
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
@@ -101,6 +101,20 @@ def test_each_image_is_computed_once(image_folder: Path, tmp_path: Path, monkeyp
     engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[FeatureCache(tmp_path / "cache")])
     engine.fit(detector, datamodule=folder(image_folder))
     assert sum(computed) == 12
+
+
+@pytest.mark.parametrize(("at_most", "expected"), [(4, 3), (5, 5), (100, 9)])  # of nine
+def test_the_scale_of_levels_comes_from_images_evenly_spread(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: int, expected: int
+) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=3, post_processor=False)
+    monkeypatch.setattr("anomalib_csflow.detectors.cs_flow.detector.SCALE_IMAGES", at_most)
+    measured = []
+    mean_squares = scoring.mean_squares
+    monkeypatch.setattr(scoring, "mean_squares", lambda z: measured.append(len(z[0])) or mean_squares(z))
+    fit(detector, folder(image_folder), tmp_path, limit_val_batches=0)
+    assert sum(measured) == expected
+    assert detector.model.level_scale.is_fitted
 
 
 def test_features_that_are_not_standardized_are_computed_once_too(

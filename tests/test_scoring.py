@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from anomalib_csflow import scoring
@@ -42,6 +43,26 @@ SOFT = -T * math.log((math.exp(-4 / T) + math.exp(-9 / T)) / 2)
 def test_maps_that_fuse_levels(mode: str, expected: float) -> None:
     constant = (torch.full((1, 1, 4, 4), 4.0), torch.full((1, 1, 2, 2), 9.0))
     torch.testing.assert_close(scoring.anomaly_map(constant, (8, 8), mode), torch.full((1, 1, 8, 8), expected))
+
+
+class Resizing(nn.Module):
+    """Resizes the maps of all levels."""
+
+    def __init__(self, *, align_corners: bool) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Resize."""
+        return scoring.upsampled(maps, (30, 44), align_corners=self.align_corners)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_exported_resizing_is_two_products_with_the_same_result(align_corners: bool) -> None:
+    maps, resizing = [torch.randn(2, 1, 7, 11), torch.randn(2, 1, 3, 5)], Resizing(align_corners=align_corners)
+    exported = torch.export.export(resizing, (maps,))
+    assert sum("matmul" in str(node.target) for node in exported.graph.nodes) == 4
+    torch.testing.assert_close(exported.module()(maps), resizing(maps))
 
 
 def test_soft_minimum_is_between_minimum_and_mean_and_never_overflows() -> None:

@@ -1,5 +1,6 @@
 """What a fit does around its steps: statistics before the first, measurements and a checkpoint after the last."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from anomalib_csflow.flows import ChannelWhitening
 from anomalib_csflow.flows.pyramid import Pyramid
@@ -115,14 +116,20 @@ class FlowFitting(LightningModule):
         """Collects a tensor from all processes; None if there is only one process."""
         return self.all_gather if self.trainer.world_size > 1 else None
 
-    def training_features(self) -> Iterator[Pyramid]:
-        """Features of all training images, each once; of this process's share if there are several processes."""
+    def training_features(self, at_most: int | None = None) -> Iterator[Pyramid]:
+        """Features of the training images, each once; of this process's share if there are several processes.
+
+        Args:
+            at_most: of a fit by ``max_steps``, take only so many images or fewer, evenly spread.
+        """
         loader: Any = self.trainer.train_dataloader
         data = getattr(loader, "dataset", None)
         if isinstance(data, RepeatedSet):
-            share: Any = DistributedSampler(data.dataset, shuffle=False) if self.gather else None
+            step = math.ceil(len(data.dataset) / at_most) if at_most else 1
+            images = Subset(data.dataset, range(0, len(data.dataset), step))
+            share: Any = DistributedSampler(images, shuffle=False) if self.gather else None
             options = {"batch_size": loader.batch_size, "num_workers": loader.num_workers}
-            loader = DataLoader(data.dataset, sampler=share, collate_fn=data.dataset.collate_fn, **options)
+            loader = DataLoader(images, sampler=share, collate_fn=data.dataset.collate_fn, **options)
         for index, raw in enumerate(loader or ()):
             batch = self.trainer.strategy.batch_to_device(raw)
             if self.pre_processor:

@@ -33,29 +33,33 @@ def quantized(model: Any, items: Sequence[Item], read: Callable[[Item], Any], nu
 def float_operations(model: Any, num_first: int = 1) -> list[str]:
     """Names of an OpenVINO model's operations that an 8-bit model should leave in float.
 
-    All operations stay in float, except the products and what feeds the backbone's products: activations and residual
-    sums between them. Latents and scores stay in float because ranges that are measured on good images would clip those
-    of defects. Two kinds of products, which take little of the time, stay in float too: depthwise convolutions, in
-    which each channel has its own range, and the first products, to whose weights NNCF gives only 7 bits.
+    All operations stay in float, except the products of the backbone and the flow, and what feeds the backbone's:
+    activations and residual sums between them. Latents and scores stay in float because ranges that are measured on
+    good images would clip those of defects. Two kinds of products, which take little of the time, stay in float too:
+    depthwise convolutions, in which each channel has its own range, and the first products, to whose weights NNCF gives
+    only 7 bits.
 
     Args:
         model: OpenVINO's.
         num_first: number of the backbone's first products to leave in float.
     """
     eight_bit: set[str] = set()
+    flow: set[str] = set()  # its products, and all that leads to them
     backbone: list[tuple[str, str, int]] = []  # names, types and weights of its products, the last one first
     operations = [(o, o.get_friendly_name(), o.get_type_name()) for o in model.get_ordered_ops()]
     for operation, name, kind in reversed(operations):
         inputs = [operation.input_value(index).get_node() for index in range(operation.get_input_size())]
         consumers = {t.get_node().get_friendly_name() for o in operation.outputs() for t in o.get_target_inputs()}
         is_flow = any(node.get_friendly_name().startswith(FLOW) for node in inputs)
-        if kind in PRODUCTS and not is_flow:
+        if (is_flow and kind in PRODUCTS) or consumers & flow:
+            flow.add(name)
+        if kind in PRODUCTS and not is_flow and name in flow:
             backbone.append((name, kind, _weight(inputs[1])))
             eight_bit.add(name)
         elif consumers & eight_bit:
             eight_bit.add(name)
     # what feeds the flow's products stays in float: it becomes the latents
-    eight_bit |= {name for _, name, kind in operations if kind in PRODUCTS}
+    eight_bit |= {name for _, name, kind in operations if kind in PRODUCTS and name in flow}
     # where an image is divided into strips, a product is there once for each of them
     first = list(dict.fromkeys(weight for _, _, weight in reversed(backbone)))[:num_first]
     eight_bit -= {name for name, kind, weight in backbone if kind == "GroupConvolution" or weight in first}

@@ -46,6 +46,9 @@ levels' mean, which are also high where only some levels find a position unusual
 NOISE_EXPONENT = 1 / 2
 """Of ``noise: auto``. This is more noise than in the other detectors: maps improve, and mean image AUROC stays."""
 
+SCALE_IMAGES = 256
+"""Training images that the levels' scale is measured on, at most: each has many positions."""
+
 
 class CSFlowModel(FlowModel):
     """The network of CS-Flow: features of an image pyramid, cross-scale couplings, mean energy.
@@ -289,13 +292,15 @@ class CSFlow(FlowDetector):
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def measure(self) -> None:
-        """Measure the scale of each level's map on the training images' features, without noise."""
+        """Measure the scale of each level's map on training images' features, without noise."""
         model, is_training = self.model, self.model.training
         if model.level_scale is None:
             return
         with torch.no_grad():
             model.eval()
-            maps = (scoring.mean_squares(model.transform(x, jac=False)[0]) for x in self.training_features())
+            maps = (
+                scoring.mean_squares(model.transform(x, jac=False)[0]) for x in self.training_features(SCALE_IMAGES)
+            )
             model.level_scale.fit(maps, gather=self.gather)
             model.train(is_training)
 
