@@ -78,7 +78,7 @@ def test_openvino_of_a_model_without_a_pre_processor_in_strips(
     model = openvino.Core().read_model(path)
     assert list(model.input(0).partial_shape)[2:] == list(SIZE)
     with pytest.raises(BundleError, match="for images of 64x96 pixels only, got 70x96"):
-        check_size(model, (1, 3, 70, 96))
+        check_size(model, 70, 96)
     stems = {
         operation.get_friendly_name()
         for operation in model.get_ops()

@@ -32,6 +32,7 @@ from anomalib_csflow.runtime import Bundle, BundleError, Detector
 from anomalib_csflow.runtime.__main__ import main
 from anomalib_csflow.runtime.boxes import boxes
 from anomalib_csflow.runtime.detector import ImageError, read
+from anomalib_csflow.runtime.engines import planes
 from anomalib_csflow.runtime.validate import Case, Measured, validate
 from anomalib_csflow.runtime.watch import Watch
 
@@ -597,7 +598,9 @@ def test_a_bundle_becomes_a_repository_of_openvino_model_server(made: Path, imag
     assert sorted(path.name for path in version.iterdir()) == ["model.bin", "model.xml"]
     model = openvino.Core().compile_model(version / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert len(model.inputs) == 1
-    assert model(read(images[0]))["pred_score"].item() == pytest.approx(Detector(made)(images[0]).score, abs=1e-5)
+    assert model(planes(read(images[0])))["pred_score"].item() == pytest.approx(
+        Detector(made)(images[0]).score, abs=1e-5
+    )
 
 
 # -- real images ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from anomalib_csflow.calibration import Scale
 from anomalib_csflow.engine.quantization import CALIBRATION_IMAGES, quantized
 from anomalib_csflow.runtime.detector import read
+from anomalib_csflow.runtime.engines import planes
 
 MAX_SHIFT = 0.25
 """Largest change that nine out of ten good images may have: of the value that decides the label, in units of the
@@ -56,7 +57,7 @@ def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
     expected = _levels(core, core.read_model(model), others)
     shift = float("nan")
     for num_first in NUM_FIRST:
-        made = quantized(core.read_model(model), ranges, read, num_first)
+        made = quantized(core.read_model(model), ranges, _pixels, num_first)
         found = _levels(core, made, others)
         shift = float(np.quantile(np.abs(found - expected), 0.9))
         if shift <= MAX_SHIFT:
@@ -76,12 +77,16 @@ def write_int8(model: Path, out: Path, files: Sequence[Path]) -> dict[str, Any]:
     raise ValueError(msg)
 
 
+def _pixels(file: Path) -> NDArray[np.float32]:
+    return planes(read(file))
+
+
 def _levels(core: Any, model: Any, files: Sequence[Path]) -> NDArray[np.float64]:
     """What decides each image's label, its score or its map's maximum: 0 at the threshold, about -1 if it is good."""
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     levels = []
     for file in files:
-        outputs = compiled(read(file))
+        outputs = compiled(_pixels(file))
         names = {name for output in compiled.outputs for name in output.names}
         levels.append(max(float(outputs[name].max()) for name in ("pred_score", "anomaly_map") if name in names))
     return Scale(0.0, 1.0).raw(levels)

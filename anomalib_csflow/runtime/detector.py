@@ -90,16 +90,16 @@ class Detector:
             ImageError: if it cannot be read.
         """
         pixels = read(image)
-        return self.judge(self.engine(pixels), pixels.shape[2:])
+        return self.judge(self.engine(pixels), pixels.shape[1:3])
 
     def stream(self, images: Iterable[AnyImage]) -> Iterator[Result]:
         """Judge many images in their order, several at once: the most images per second."""
         sizes: list[tuple[int, ...]] = []
 
-        def batches() -> Iterator[NDArray[np.float32]]:
+        def batches() -> Iterator[NDArray[np.uint8]]:
             for image in images:
                 pixels = read(image)
-                sizes.append(pixels.shape[2:])
+                sizes.append(pixels.shape[1:3])
                 yield pixels
 
         for outputs in self.engine.stream(batches()):
@@ -139,8 +139,8 @@ class Detector:
         self.promise = str(found.promise)
 
 
-def read(image: AnyImage) -> NDArray[np.float32]:
-    """Pixels ``(1, 3, H, W)``, RGB in [0, 1], of an image of 8 bits per channel.
+def read(image: AnyImage) -> NDArray[np.uint8]:
+    """Pixels ``(1, H, W, 3)``, RGB, of an image of 8 bits per channel.
 
     Raises:
         ImageError: if it cannot be read, or has more bits.
@@ -152,7 +152,7 @@ def read(image: AnyImage) -> NDArray[np.float32]:
         array = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
     else:
         array = np.asarray(_opened(image))
-    return np.ascontiguousarray(array.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
+    return np.ascontiguousarray(array)[None]
 
 
 def _opened(image: str | Path | Image.Image) -> Image.Image:

@@ -20,15 +20,15 @@ SIZES_KEPT = 4
 class Engine(Protocol):
     """Computes a model."""
 
-    def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
-        """Outputs by name of images ``(N, 3, H, W)``, RGB in [0, 1]."""
+    def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
+        """Outputs by name of images ``(N, H, W, 3)``, RGB."""
 
-    def stream(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Outputs]:
+    def stream(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Outputs]:
         """Outputs of many batches, in their order, several at once if the engine can."""
 
 
 class OpenVinoEngine:
-    """OpenVINO on the CPU.
+    """OpenVINO on the CPU. It takes 8-bit pixels, since large images take four times the memory in float32.
 
     Args:
         bundle: with an OpenVINO model.
@@ -47,12 +47,12 @@ class OpenVinoEngine:
         self.path = bundle.model("int8" if precision == "int8" else "openvino")
         self._compiled: dict[tuple[tuple[int, ...] | None, str], Any] = {}
 
-    def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
+    def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
         """Outputs of a batch."""
         request = self._model(pixels.shape, "LATENCY").create_infer_request()
         return _named(request.infer({0: pixels}, share_inputs=True))  # a large image takes much memory twice
 
-    def stream(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Outputs]:
+    def stream(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Outputs]:
         """Outputs of batches of one size, as many at once as OpenVINO finds best."""
         batches = iter(batches)
         first = next(batches, None)
@@ -80,15 +80,27 @@ class OpenVinoEngine:
         if key not in self._compiled:
             try:
                 model = self.core.read_model(self.path)
-                check_size(model, shape)
+                check_size(model, *shape[1:3])
+                model = self._of_bytes(model)
                 if key[0] is not None:
                     model.reshape(list(shape))
                 self._compiled[key] = self.core.compile_model(model, "CPU", {**self.settings, "PERFORMANCE_HINT": hint})
             except RuntimeError as error:
-                size = f"{shape[2]}x{shape[3]}"
+                size = f"{shape[1]}x{shape[2]}"
                 msg = f"OpenVINO cannot run this model on images of {size} pixels ({str(error).splitlines()[0]})"
                 raise BundleError(msg) from error
         return self._compiled[key]
+
+    def _of_bytes(self, model: Any) -> Any:
+        """The same model of ``(N, H, W, 3)`` in 8 bits instead of ``(N, 3, H, W)`` in [0, 1]."""
+        from openvino.preprocess import PrePostProcessor  # noqa: PLC0415 (optional)
+
+        layout, types = self.openvino.Layout, self.openvino.Type
+        steps = PrePostProcessor(model)
+        steps.input().tensor().set_element_type(types.u8).set_layout(layout("NHWC"))
+        steps.input().preprocess().convert_element_type(types.f32).scale(255.0)
+        steps.input().model().set_layout(layout("NCHW"))
+        return steps.build()
 
 
 class OnnxEngine:
@@ -110,11 +122,11 @@ class OnnxEngine:
         self.input = self.session.get_inputs()[0].name
         self.outputs = [output.name for output in self.session.get_outputs()]
 
-    def __call__(self, pixels: NDArray[np.float32]) -> Outputs:
+    def __call__(self, pixels: NDArray[np.uint8]) -> Outputs:
         """Outputs of a batch."""
-        return dict(zip(self.outputs, self.session.run(None, {self.input: pixels}), strict=True))
+        return dict(zip(self.outputs, self.session.run(None, {self.input: planes(pixels)}), strict=True))
 
-    def stream(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[Outputs]:
+    def stream(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Outputs]:
         """Outputs of batches, one after the other."""
         for pixels in batches:
             yield self(pixels)
@@ -147,19 +159,25 @@ def open_engine(bundle: Bundle, runtime: Runtime | None, precision: Precision, n
     return OpenVinoEngine(bundle, precision, num_threads)
 
 
-def check_size(model: Any, shape: tuple[int, ...]) -> None:
+def check_size(model: Any, height: int, width: int) -> None:
     """Raise BundleError if a model for one image size gets another, whose lower part it might never look at."""
     expected = model.input(0).partial_shape
-    if any(expected[axis].is_static and expected[axis].get_length() != shape[axis] for axis in (2, 3)):
-        msg = f"this model is for images of {expected[2]}x{expected[3]} pixels only, got {shape[2]}x{shape[3]}"
+    sides = ((expected[2], height), (expected[3], width))
+    if any(side.is_static and side.get_length() != found for side, found in sides):
+        msg = f"this model is for images of {expected[2]}x{expected[3]} pixels only, got {height}x{width}"
         raise BundleError(msg)
+
+
+def planes(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Images ``(N, H, W, 3)`` of 8 bits as exported models take them: ``(N, 3, H, W)`` in [0, 1]."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def _named(results: Any) -> Outputs:
     return {output.get_any_name(): np.array(value) for output, value in results.items()}
 
 
-def _chained(first: NDArray[np.float32], rest: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+def _chained(first: NDArray[np.uint8], rest: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
     yield first
     yield from rest
 
