@@ -148,7 +148,7 @@ def _histogram(axes: "Axes", groups: dict[str, tuple[NDArray[np.floating[Any]], 
         axes.hist(below, bins=50, range=(0, 1), color=colour, alpha=0.6, label=name)
     axes.axvline(0.5, color="black", label="threshold")
     axes.set(xlim=(0, 1), xlabel=AXIS, ylabel="images")
-    axes.legend(fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)  # "best" is slow, with a warning, on a slow processor
 
 
 def _curve(axes: "Axes", title: str, curve: NDArray[np.float64], names: tuple[str, str]) -> None:
