@@ -217,8 +217,8 @@ def upsampled(maps: Sequence[Tensor], size: tuple[int, int], *, align_corners: b
 def _resized(maps: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
     """Resize ``(N, 1, H, W)`` bilinearly.
 
-    An exported graph multiplies by two matrices instead, since OpenVINO's resizing of single channels takes eight times
-    as long. The engine resizes as torch does, which mixed precision leaves in float32.
+    An exported graph multiplies by two matrices instead, since OpenVINO's resizing of single channels takes several
+    times as long. The engine resizes as torch does, which mixed precision leaves in float32.
     """
     if not torch.compiler.is_exporting():
         return F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)

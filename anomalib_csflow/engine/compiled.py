@@ -1,4 +1,4 @@
-"""The frozen backbone in OpenVINO: torch's features to a few parts in 10^6, in half of torch's time on a CPU."""
+"""The frozen backbone in OpenVINO: torch's features to a few parts in 10^6, faster on a CPU."""
 
 import warnings
 from collections.abc import Callable
