@@ -27,7 +27,7 @@ from anomalib_csflow.engine import compiled
 
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8, "max_steps": 2}
 COUNT = 400  # images, where no data set is given
-BATCH = 16
+FEW = 16  # images that the backbone computes at once
 
 
 @contextmanager
@@ -65,7 +65,9 @@ def main() -> None:
     options.add_argument("--data", type=Path, help="a data set in MVTec AD's layout; else images of noise")
     arguments = options.parse_args()
     begin(arguments)
-    recipe = config.read_detector({"config": "cs_flow_small.yaml"}, CONFIGS).init_args
+    detector = config.read_detector({"config": "cs_flow_small.yaml"}, CONFIGS)
+    batch_size = detector.train_batch_size
+    recipe = detector.init_args
     recipe |= (TINY if arguments.quick else {}) | {"post_processor": False}
     size = recipe["image_size"]
 
@@ -73,24 +75,26 @@ def main() -> None:
         return get_model({"class_path": "anomalib_csflow.CSFlow", "init_args": recipe})
 
     features: Any = ours().model.features
-    in_openvino, batch = compiled.CompiledFeatures(features), torch.rand(BATCH, 3, size, size)
+    in_openvino, batch = compiled.CompiledFeatures(features), torch.rand(FEW, 3, size, size)
     with torch.inference_mode():
         ways = {
             "openvino": lambda: in_openvino(batch),
             "torch": lambda: features.few_at_once(batch),
             "all at once": lambda: features(batch),
         }
-        ms = {name: 1e3 * seconds / BATCH for name, seconds in alternating(ways, arguments.repeats).items()}
+        ms = {name: 1e3 * seconds / FEW for name, seconds in alternating(ways, arguments.repeats).items()}
     rows: list[dict[str, Any]] = [row("backbone per image: OpenVINO, torch", ms["openvino"], ms["torch"], None)]
-    rows.append(row(f"the same in torch: few at once, {BATCH} at once", ms["torch"], ms["all at once"], None))
+    rows.append(row(f"the same in torch: few at once, {FEW} at once", ms["torch"], ms["all at once"], None))
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data:
             (data_set,) = config.folders(arguments.data)
-            data = Folder(**data_set.init_args, train_batch_size=BATCH, eval_batch_size=BATCH, num_workers=0)
+            data = Folder(**data_set.init_args, train_batch_size=batch_size, eval_batch_size=batch_size, num_workers=0)
         else:
             root = images(Path(folder), 4 if arguments.quick else COUNT, size)
             split: dict[str, Any] = {"val_split_mode": "none", "test_split_mode": "none"}
-            data = Folder(name="noise", root=root, normal_dir="good", train_batch_size=BATCH, num_workers=0, **split)
+            data = Folder(
+                name="noise", root=root, normal_dir="good", train_batch_size=batch_size, num_workers=0, **split
+            )
         data.setup()
         what = f"fit on {len(data.train_data)} images"
         with openvino_from(1):

@@ -65,8 +65,8 @@ def test_torch_computes_what_openvino_cannot_convert(monkeypatch: pytest.MonkeyP
 
 
 def test_torch_computes_where_openvino_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module._run
-    monkeypatch.setattr(module, "_run", lambda model, images: tuple(1.01 * level for level in right(model, images)))
+    right = module.ImageByImage.__call__
+    monkeypatch.setattr(module.ImageByImage, "__call__", lambda *args: tuple(1.01 * level for level in right(*args)))
     features, images = PYRAMIDS["layers"](), torch.randn(2, 3, 64, 64)
     for found, wanted in zip(CompiledFeatures(features)(images), features(images), strict=True):
         assert torch.equal(found, wanted)

@@ -102,6 +102,7 @@ LAYERS: dict[str, Callable[[Dims], nn.Module]] = {
     "coupling, kernel 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, kernel_size=5),
     "coupling, kernels 3 and 1": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, output_kernel_size=1),
     "coupling, kernels 3 and 5": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, coarse_kernel_size=5),
+    "coupling, bounded inputs": lambda dims: CrossScaleCoupling(dims, hidden_channels=3, conditioner_clamp=0.5),
     "coupling, other conditioner": lambda dims: CrossScaleCoupling(dims, conditioner=Pointwise),
     "coupling, fusion": lambda dims: CrossScaleCoupling(dims, conditioner=FusionConditioner, clamp=1.9),
     "permutation": lambda dims: ScalePermutation(dims, seed=7),
@@ -367,6 +368,24 @@ def test_which_kernels_have_which_size(
     expected = {"enter": enter, "leave": leave, "up": [up, up], "down": [down, down]}
     for name, kernels in expected.items():
         assert [conv.kernel_size for conv in getattr(convolution, name)] == [(k, k) for k in kernels], name
+
+
+def test_bounded_conditioners_do_not_pass_on_how_unusual_a_position_is() -> None:
+    dims = [(4, 8, 8), (4, 4, 4)]
+    maps = tuple(torch.randn(1, *level) for level in dims)
+    far, farther = (maps[0].clone(), maps[1]), (maps[0].clone(), maps[1])
+    far[0][:, :, 4, 4], farther[0][:, :, 4, 4] = 5.0, 50.0
+
+    def changed(coupling: CrossScaleCoupling) -> list[Tensor]:
+        """Latents of the first halves that differ; a position's own one is shifted by its neighbours alone."""
+        latents = [randomize(coupling)(pyramid)[0] for pyramid in (far, farther)]
+        differences = [(a - b)[:, :2].abs().amax(dim=(0, 1)) for a, b in zip(*latents, strict=True)]
+        differences[0][4, 4] = 0
+        return differences
+
+    assert all(level.any() for level in changed(CrossScaleCoupling(dims, hidden_channels=4)))
+    bounded = CrossScaleCoupling(dims, hidden_channels=4, conditioner_clamp=2.0)
+    assert not any(level.any() for level in changed(bounded))
 
 
 def test_inside_a_freia_graph() -> None:

@@ -28,7 +28,7 @@ FLAGS = (
     *("localize", "keep_aspect"),
 )
 OPTIONAL = (
-    *("kernel_sizes", "coarse_kernel_size", "output_kernel_size"),
+    *("kernel_sizes", "coarse_kernel_size", "output_kernel_size", "conditioner_clamp"),
     *("gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region"),
 )
 """May be None too."""
@@ -54,7 +54,8 @@ def _each(value: object, test: Callable[[Any], bool], lengths: Container[int] = 
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{name: (f"{least} or more", partial(_is_whole, least=least)) for name, least in COUNTS.items()},
     **dict.fromkeys(
-        ("clamp", "hidden_ratio", "gradient_clip_norm"), ("a number above 0", lambda x: _is_number(x) and x > 0)
+        ("clamp", "conditioner_clamp", "hidden_ratio", "gradient_clip_norm"),
+        ("a number above 0", lambda x: _is_number(x) and x > 0),
     ),
     **dict.fromkeys(("lr", "eps", "weight_decay"), ("a number of 0 or more", _is_number)),
     **dict.fromkeys(FLAGS, ("True or False", lambda x: isinstance(x, bool))),

@@ -152,7 +152,7 @@ class LeanCheckpoints(LightningModule):
             ).items()  # in older checkpoints, where None stood for a default
             if value is not None
         }
-        theirs = {"region": None} | theirs  # older checkpoints had no region
+        theirs = {"region": None, "conditioner_clamp": None} | theirs  # which older checkpoints did not have
         for name, ours in self.output_values.items():
             if name in theirs and theirs[name] != ours:
                 msg = (

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -20,6 +21,42 @@ TOLERANCE = 1e-3
 """Largest relative difference from torch's features with which OpenVINO is used; 1e-6 to 1e-5 is usual."""
 
 
+class ImageByImage:
+    """A model of one image in OpenVINO, for batches: several images one by one take less time than at once.
+
+    As many images are computed at the same time as OpenVINO finds best for torch's number of threads.
+
+    Args:
+        model: of images ``(1, 3, H, W)``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import openvino  # noqa: PLC0415 (optional)
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "THROUGHPUT",
+        }
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.shapes = [tuple(output.shape)[1:] for output in compiled.outputs]
+        self.queue = openvino.AsyncInferQueue(compiled)
+
+    def __call__(self, images: Tensor) -> Pyramid:
+        """Outputs of images ``(N, 3, H, W)``."""
+        found = [np.empty((len(images), *shape), dtype=np.float32) for shape in self.shapes]
+
+        def keep(request: Any, place: int) -> None:
+            for index, output in enumerate(found):
+                output[place] = request.get_output_tensor(index).data[0]
+
+        self.queue.set_callback(keep)
+        for place, image in enumerate(images.contiguous().numpy()):
+            self.queue.start_async({0: image[None]}, place)
+        self.queue.wait_all()
+        return tuple(map(torch.from_numpy, found))
+
+
 class CompiledFeatures:
     """A frozen backbone that OpenVINO computes in float32, or torch where OpenVINO cannot.
 
@@ -32,7 +69,7 @@ class CompiledFeatures:
 
     def __init__(self, features: FeaturePyramid) -> None:
         self.features = features
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[tuple[int, int], ImageByImage | None] = {}
 
     def __call__(self, images: Tensor) -> Pyramid:
         """The backbone's maps ``(N, C, H, W)``, or its vectors, of pre-processed images ``(N, 3, H, W)``."""
@@ -40,20 +77,19 @@ class CompiledFeatures:
         if size not in self._compiled:
             self._compiled[size] = self._compile(images[:1])
         model = self._compiled[size]
-        return self.features.few_at_once(images) if model is None else _run(model, images)
+        return self.features.few_at_once(images) if model is None else model(images)
 
-    def _compile(self, image: Tensor) -> Any:
-        """A compiled model for any number of images of this size; None if torch must compute."""
+    def _compile(self, image: Tensor) -> ImageByImage | None:
+        """A compiled model for images of this size; None if torch must compute."""
         import openvino  # noqa: PLC0415 (optional)
 
         expected = self.features(image)  # also raises the backbone's errors, such as for a wrong image size
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a warning that the size becomes a constant, as intended
-                model = openvino.convert_model(self.features, example_input=image, input=[-1, *image.shape[1:]])
-            settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-            compiled = openvino.Core().compile_model(model, "CPU", settings)
-            pairs = zip(_run(compiled, image), expected, strict=True)
+                model = openvino.convert_model(self.features, example_input=image, input=list(image.shape))
+            compiled = ImageByImage(model)
+            pairs = zip(compiled(image), expected, strict=True)
             difference = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
         except Exception as error:  # whatever it is, torch can compute the features
             rank_zero_info(f"Torch computes the features: OpenVINO cannot convert the backbone ({error}).")
@@ -62,11 +98,6 @@ class CompiledFeatures:
             rank_zero_info(f"Torch computes the features: OpenVINO's have a relative difference of {difference:.1e}.")
             return None
         return compiled
-
-
-def _run(model: Any, images: Tensor) -> Pyramid:
-    results = model(images.contiguous().numpy(), share_inputs=True)
-    return tuple(torch.from_numpy(results[index]) for index in range(len(model.outputs)))
 
 
 def compiled(

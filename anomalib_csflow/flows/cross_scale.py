@@ -45,6 +45,9 @@ class CrossScaleCoupling(InvertibleModule):
         output_kernel_size: of the default conditioner, for its links and the finest level's second convolution; by
             default ``kernel_size``.
         clamp: bound :math:`c` of the log-scales (the paper's alpha).
+        conditioner_clamp: bound of the conditioners' inputs; by default they have none, as in the paper. With
+            standardized channels, a bound of 2 hardly changes what is usual, and what is unusual has less effect on
+            the latents of the positions around it.
 
     Shape:
         maps ``(N, C_i, H_i, W_i)`` to maps of the same shapes, and a log-det ``(N,)`` in nats.
@@ -70,6 +73,7 @@ class CrossScaleCoupling(InvertibleModule):
         coarse_kernel_size: int | None = None,
         output_kernel_size: int | None = None,
         clamp: float = 3.0,
+        conditioner_clamp: float | None = None,
     ) -> None:
         super().__init__(dims_in, dims_c)
         self.channels = [dims[0] for dims in self.dims_in]
@@ -95,6 +99,7 @@ class CrossScaleCoupling(InvertibleModule):
         self.from_second = build([v + c for v, c in zip(second, conditions, strict=True)], [2 * u for u in first])
         self.first, self.second = first, second
         self.clamp = clamp
+        self.conditioner_clamp = conditioner_clamp
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -138,6 +143,8 @@ class CrossScaleCoupling(InvertibleModule):
         self, conditioner: nn.Module, half: Pyramid, conditions: Pyramid
     ) -> tuple[Pyramid, Pyramid]:
         """Clamped log-scales and shifts of the other half, from one half of every level."""
+        if self.conditioner_clamp is not None:
+            half = tuple(level.clamp(-self.conditioner_clamp, self.conditioner_clamp) for level in half)
         if conditions:
             half = tuple(torch.cat(maps, dim=1) for maps in zip(half, conditions, strict=True))
         raw, shift = zip(*(output.chunk(2, dim=1) for output in conditioner(half)), strict=True)

@@ -67,6 +67,7 @@ class CSFlowModel(FlowModel):
         coarse_kernel_size: of the convolutions of all levels but the finest; by default the block's.
         output_kernel_size: of the links between levels and the finest level's second convolutions; by default the
             block's.
+        conditioner_clamp: bound of what the couplings' convolutions see; by default none.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class CSFlowModel(FlowModel):
         recompute: bool = False,
         coarse_kernel_size: int | None = None,
         output_kernel_size: int | None = None,
+        conditioner_clamp: float | None = None,
     ) -> None:
         # only the channels matter: the couplings take maps of any size
         side = 2 ** (len(features.channels) - 1)
@@ -100,6 +102,7 @@ class CSFlowModel(FlowModel):
                     coarse_kernel_size=coarse_kernel_size,
                     output_kernel_size=output_kernel_size,
                     clamp=clamp,
+                    conditioner_clamp=conditioner_clamp,
                 )
             )
         super().__init__(features, PyramidFlow(layers, recompute=recompute))
@@ -176,6 +179,8 @@ class CSFlow(FlowDetector):
         output_kernel_size: of the links between levels and the finest level's second convolutions, instead of
             ``kernel_sizes``; other levels' second kernels differ from this as their first ones do from the finest's.
             With 1 instead of 3, a step of the small recipe takes 0.6 of the time.
+        conditioner_clamp: bound of what the couplings' convolutions see, in the channels' standard deviations, so that
+            a defect has less effect on the map around it. None, the paper's, for no bound.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         optimizer: ``adam`` (the paper's) or ``muon``, which needs about half the steps, see
@@ -202,6 +207,7 @@ class CSFlow(FlowDetector):
     output_arguments = (
         *("layer", "layers", "num_scales", "num_blocks", "kernel_sizes", "hidden_channels", "clamp", "standardize"),
         *("whiten", "map_mode", "image_score", "top_share", "coarse_kernel_size", "output_kernel_size"),
+        "conditioner_clamp",
     )
     free_arguments = ("recompute",)
     model: CSFlowModel
@@ -239,6 +245,7 @@ class CSFlow(FlowDetector):
         top_share: float = 0.0,
         coarse_kernel_size: int | None = None,
         output_kernel_size: int | None = None,
+        conditioner_clamp: float | None = None,
         region: str | None = None,
         optimizer: OptimizerName = "adam",
         pre_processor: PreProcessor | bool = True,
@@ -262,6 +269,9 @@ class CSFlow(FlowDetector):
         if whiten and not standardize:
             msg = "whiten=True needs standardize=True: the channels are standardized before they are decorrelated"
             raise ValueError(msg)
+        if conditioner_clamp is not None and not standardize:
+            msg = "conditioner_clamp needs standardize=True: it is in standard deviations of the channels"
+            raise ValueError(msg)
         scoring.check_top_share(top_share)
 
         def build(network: nn.Module) -> CSFlowModel:
@@ -279,6 +289,7 @@ class CSFlow(FlowDetector):
                 recompute=recompute,
                 coarse_kernel_size=coarse_kernel_size,
                 output_kernel_size=output_kernel_size,
+                conditioner_clamp=conditioner_clamp,
             )
 
         images = ImageOptions(backbone, weights, image_size, antialias, keep_aspect, region)
