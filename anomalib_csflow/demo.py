@@ -40,7 +40,7 @@ CROP = 128  # pixels of the 512 x 512 photographs
 SIZE = 256  # pixels to which they are resized: twice as many show all that is in them
 TRAIN_WIDTH = 336  # training crops come from the columns left of this, test crops from the rest
 NUM_TRAIN, NUM_GOOD, NUM_DEFECTIVE = 64, 15, 15
-STEPS = 120
+STEPS = 150
 METRICS = ("image_AUROC", "pixel_AUROC", "AUPRO")
 
 Grey = NDArray[np.float64]  # (H, W) in [0, 255]
@@ -128,7 +128,7 @@ def folder(root: Path, name: str) -> Folder:
         normal_test_dir="test/good",
         abnormal_dir="test/defective",
         mask_dir="ground_truth/defective",
-        train_batch_size=16,
+        train_batch_size=8,
         eval_batch_size=16,
         num_workers=0,  # for so few small images, starting a worker costs more than it saves
         val_split_mode="from_train",  # thresholds from good images that are neither trained nor tested on

@@ -202,6 +202,8 @@ def test_a_checkpoint_of_before_outputs_were_compared_loads(tmp_path: Path) -> N
     CSFlow.load_from_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="trained with hidden_channels=16, this detector has 8"):
         CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", hidden_channels=8)
+    with pytest.raises(CheckpointError, match="trained with conditioner_clamp=None, this detector has 2"):
+        CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", conditioner_clamp=2.0)
     Image.new("L", (8, 8), "white").save(tmp_path / "region.png")
     with pytest.raises(CheckpointError, match="trained with region=None, this detector has 'mask"):
         CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", region=tmp_path / "region.png")

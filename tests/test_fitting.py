@@ -190,6 +190,7 @@ def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> 
         ({"noise": float("nan")}, "noise must be 'auto' or a standard deviation"),
         ({"standardize": False, "whiten": False}, "only a detector with standardize=True measures"),
         ({"standardize": False}, "whiten=True needs standardize=True"),
+        ({"standardize": False, "whiten": False, "conditioner_clamp": 2.0}, "conditioner_clamp needs standardize=True"),
         ({"image_score": "maximum"}, "unknown image_score 'maximum': choose one of energy, map, levels"),
         ({"layers": ["blocks.2", "blocks.5"]}, "strides .* do not make a pyramid"),
         ({"layers": ["blocks.5", "blocks.2"]}, "name the layers from fine to coarse"),
