@@ -28,7 +28,7 @@ from anomalib_csflow.engine import compiled
 
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8, "max_steps": 2}
 COUNT = 400  # images, where no data set is given
-FEW = 16  # images that the backbone computes at once
+FEW = 16  # images in a batch for the backbone alone
 
 
 @contextmanager
