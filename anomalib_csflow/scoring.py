@@ -72,6 +72,28 @@ def mean_squares(latents: Sequence[Tensor]) -> Pyramid:
     return tuple(level.square().mean(1, keepdim=True) for level in latents)
 
 
+def score_tests(latents: Sequence[Tensor], log_scales: Sequence[Tensor]) -> Pyramid:
+    r"""Rao's score test of each position for more variance than the flow expects: maps ``(N, 1, H_i, W_i)``.
+
+    The mean over channels of :math:`e^{2 s} (z^2 - 1)`, for latents :math:`z = e^s (x - \mu)`: twice the derivative, at
+    0, of the log-density by the variance of noise that is added to :math:`x`. So a deviation counts the more, the more
+    precisely the flow predicts :math:`x`. No test finds a little noise more often (C. R. Rao, "Large sample tests of
+    statistical hypotheses concerning several parameters with applications to problems of estimation", 1948). On what
+    the flow models well, it is 0 on average.
+
+    Args:
+        latents: ``(N, C_i, H_i, W_i)``, finest level first.
+        log_scales: s, of the latents' shapes.
+
+    Example:
+        >>> latents, log_scales = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> score_tests([latents], [log_scales])
+        (tensor([[[[1.5000]]]]),)
+    """
+    pairs = zip(latents, log_scales, strict=True)
+    return tuple(((level.square() - 1) * (2 * scale).exp()).mean(1, keepdim=True) for level, scale in pairs)
+
+
 def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int], mode: MapMode = "finest") -> Tensor:
     """Fuse the maps of all levels, ``(N, 1, H, W)``.
 

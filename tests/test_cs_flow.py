@@ -144,3 +144,23 @@ def test_an_image_score_of_the_levels_mean(detector: CSFlow) -> None:
     mean = scoring.upsampled(scoring.mean_squares(latents), (8, 8)).mean(0)
     torch.testing.assert_close(by_levels.pred_score, scoring.top_mean(mean, 0.1))
     assert not torch.allclose(by_levels.pred_score, by_map.pred_score)
+
+
+def test_an_image_score_of_score_tests() -> None:
+    arguments = {**SMALL, "image_size": 64, "num_scales": 2, "top_share": 0.1, "map_mode": "soft_minimum"}
+    model = CSFlow(**arguments, image_score="score_test").model.eval()
+    plain = CSFlow(**arguments, image_score="map").model.eval()
+    randomize(model.flow, scale=0.05)
+    plain.flow.load_state_dict(model.flow.state_dict())
+    features = model.features(torch.rand(2, 3, 64, 64))
+    latents, log_scales = model.with_log_scales(features)
+    torch.testing.assert_close(latents, model.transform(features)[0])
+    log_det = sum(scales.flatten(1).sum(1) for scales in log_scales)  # until it is measured, whitening is the identity
+    torch.testing.assert_close(log_det, model.transform(features)[1])
+
+    judged = model.judge(features, (64, 64))
+    torch.testing.assert_close(judged.anomaly_map, plain.judge(features, (64, 64)).anomaly_map)
+    mean = scoring.upsampled(scoring.score_tests(latents, log_scales), (4, 4)).mean(0)
+    torch.testing.assert_close(judged.pred_score, scoring.top_mean(mean, 0.1))
+    with pytest.raises(ValueError, match="score tests need the flow's log-scales, and not only latents"):
+        model.score(latents, (64, 64))

@@ -14,6 +14,7 @@ from anomalib_csflow.engine.detector import FlowDetector
 
 DETECTORS: dict[str, tuple[type[FlowDetector], dict[str, Any]]] = {
     "CSFlow": (CSFlow, SMALL),
+    "CSFlow, score tests": (CSFlow, SMALL | {"image_score": "score_test", "num_scales": 2, "top_share": 0.1}),
     "CSFlow, fused map": (CSFlow, SMALL | {"map_mode": "mean", "num_scales": 2, "standardize": False}),
     "CSFlow, maps rounded down": (
         CSFlow,

@@ -30,7 +30,7 @@ OVER_LAYERS: dict[str, Any] = {
     "standardize": True,
     "whiten": True,
     "map_mode": "soft_minimum",
-    "image_score": "map",
+    "image_score": "score_test",
     "top_share": 0.03,
     "lr": 1e-2,
     "schedule": "one_cycle",
@@ -76,8 +76,11 @@ def test_as_many_steps_as_are_asked_and_a_checkpoint(image_folder: Path, tmp_pat
     assert not isinstance(data.train_data, RepeatedSet)  # given back
     loaded = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
     batch = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(loaded.eval()(batch).anomaly_map, detector.eval()(batch).anomaly_map)
+    found, expected = loaded.eval()(batch), detector.eval()(batch)
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map)
+    torch.testing.assert_close(found.pred_score, expected.pred_score)
     assert loaded.model.level_scale.is_fitted
+    assert loaded.model.test_scale.is_fitted
 
 
 @pytest.mark.parametrize("max_steps", [3, 100])

@@ -288,6 +288,25 @@ def test_log_scale_is_clamped() -> None:
     torch.testing.assert_close(log_det, torch.full((2,), 0.5 * 4 * 9), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dims", PYRAMIDS.values(), ids=PYRAMIDS.keys())
+def test_log_scales_of_a_coupling_sum_to_its_log_det(dims: Dims) -> None:
+    layer = randomize(CrossScaleCoupling(dims, hidden_channels=3))
+    pyramid = tuple(torch.randn(2, *shape) for shape in dims)
+    latents, log_scales = layer.with_log_scales(pyramid)
+    expected, log_det = layer(pyramid)
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(sum(scale.flatten(1).sum(1) for scale in log_scales), log_det)
+    assert [scale.shape for scale in log_scales] == [level.shape for level in pyramid]
+
+
+def test_a_coupling_moves_each_number_by_its_own_log_scale() -> None:
+    layer = randomize(CrossScaleCoupling([(4, 1, 1)], hidden_channels=3))
+    features = torch.randn(1, 4, 1, 1)
+    (_,), (log_scales,) = layer.with_log_scales((features,))
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer((x,))[0][0].flatten(), features).view(4, 4)
+    torch.testing.assert_close(jacobian[:2, :2].diagonal().log(), log_scales.flatten()[:2])  # of the first half
+
+
 def test_permutations_differ_by_scale_and_seed() -> None:
     dims = [(16, 4, 4), (16, 2, 2)]
     first, second = ScalePermutation(dims, seed=0), ScalePermutation(dims, seed=1)

@@ -39,6 +39,16 @@ T = scoring.TEMPERATURE
 SOFT = -T * math.log((math.exp(-4 / T) + math.exp(-9 / T)) / 2)
 
 
+def test_score_test_is_the_derivative_by_more_variance() -> None:
+    log_scales = tuple(torch.randn_like(level) for level in LATENTS)
+    for latents, scales, test in zip(LATENTS, log_scales, scoring.score_tests(LATENTS, log_scales), strict=True):
+        added = torch.zeros_like(latents, requires_grad=True)
+        deviation = latents * (-scales).exp()  # of the feature from what the flow predicts
+        log_density = Normal(0, ((-2 * scales).exp() + added).sqrt()).log_prob(deviation).sum()
+        (derivative,) = torch.autograd.grad(log_density, added)
+        torch.testing.assert_close(test, 2 * derivative.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("mean", (4 + 9) / 2), ("product", 36.0), ("soft_minimum", SOFT)])
 def test_maps_that_fuse_levels(mode: str, expected: float) -> None:
     constant = (torch.full((1, 1, 4, 4), 4.0), torch.full((1, 1, 2, 2), 9.0))

@@ -17,6 +17,9 @@ from .pyramid import Pyramid, check_pyramid, check_sizes
 Conditioner = Callable[[Sequence[int], Sequence[int]], nn.Module]
 """Makes a module that maps a tuple of maps with the first channels to one with the second."""
 
+Transform = Callable[[Pyramid, Pyramid, Pyramid], tuple[Pyramid, Pyramid, Pyramid]]
+"""From both halves and the conditions to both halves and the log-scales."""
+
 ATAN_FACTOR = 0.636
 """The published rounding of 2 / pi: with it, clamp * 0.636 * atan(s / clamp) stays within +-clamp."""
 
@@ -105,7 +108,23 @@ class CrossScaleCoupling(InvertibleModule):
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Pyramid, Tensor]:
         """Transform a pyramid; ``rev`` inverts. Returns the maps and the log-det (zeros if not ``jac``)."""
-        pyramid = check_pyramid(tuple(x_or_z), self.channels)
+        output, log_scales = self._transform(x_or_z, c, self._inverse if rev else self._forward)
+        log_det = output[0].new_zeros(output[0].shape[0])
+        if jac:
+            log_det = torch.stack([log_scale.flatten(1).sum(1) for log_scale in log_scales]).sum(0)
+        return output, -log_det if rev else log_det
+
+    def with_log_scales(self, x: Iterable[Tensor], c: Iterable[Tensor] | None = None) -> tuple[Pyramid, Pyramid]:
+        """Transform a pyramid; returns the maps and, in maps of the same shapes, the log-scale of each number."""
+        output, log_scales = self._transform(x, c, self._forward)
+        halves = zip(log_scales[: len(output)], log_scales[len(output) :], strict=True)
+        return output, tuple(torch.cat(level, dim=1) for level in halves)
+
+    def _transform(
+        self, x: Iterable[Tensor], c: Iterable[Tensor] | None, transform: Transform
+    ) -> tuple[Pyramid, Pyramid]:
+        """The transformed maps, and the log-scales of all first halves, then of all second ones."""
+        pyramid = check_pyramid(tuple(x), self.channels)
         conditions = tuple(c or ())
         if len(conditions) != len(self.dims_c):
             msg = f"expected {len(self.dims_c)} conditions, got {len(conditions)}"
@@ -115,15 +134,8 @@ class CrossScaleCoupling(InvertibleModule):
             *(level.split([u, v], dim=1) for level, u, v in zip(pyramid, self.first, self.second, strict=True)),
             strict=True,
         )
-
-        transform = self._inverse if rev else self._forward
         first, second, log_scales = transform(first, second, conditions)
-
-        output = tuple(torch.cat(halves, dim=1) for halves in zip(first, second, strict=True))
-        log_det = pyramid[0].new_zeros(pyramid[0].shape[0])
-        if jac:
-            log_det = torch.stack([log_scale.flatten(1).sum(1) for log_scale in log_scales]).sum(0)
-        return output, -log_det if rev else log_det
+        return tuple(torch.cat(halves, dim=1) for halves in zip(first, second, strict=True)), log_scales
 
     def _forward(self, first: Pyramid, second: Pyramid, conditions: Pyramid) -> tuple[Pyramid, Pyramid, Pyramid]:
         log_scale, shift = self._log_scale_and_shift(self.from_second, second, conditions)

@@ -37,12 +37,14 @@ from anomalib_csflow.flows import (
     PyramidFlow,
     ScalePermutation,
 )
+from anomalib_csflow.flows.pyramid import Pyramid
 
 from .reference import convert_reference_flow
 
-ImageScore = Literal["energy", "map", "levels"]
+ImageScore = Literal["energy", "map", "levels", "score_test"]
 """What the image score is computed from: the latents' mean energy, or the highest positions of the map, or those of the
-levels' mean, which are also high where only some levels find a position unusual."""
+levels' mean, which are also high where only some levels find a position unusual, or those of the mean of the levels'
+score tests, in which precise predictions count more."""
 NOISE_EXPONENT = 1 / 2
 """Of ``noise: auto``. This is more noise than in the other detectors: maps improve, and mean image AUROC stays."""
 
@@ -110,18 +112,61 @@ class CSFlowModel(FlowModel):
         self.image_score = image_score
         self.top_share = top_share
         self.level_scale = LevelScale(len(dims)) if map_mode == "soft_minimum" else None
+        self.test_scale = LevelScale(len(dims)) if image_score == "score_test" else None
+
+    def judge(self, features: Pyramid, size: tuple[int, int]) -> InferenceBatch:
+        """Image score and map of the given size, from features."""
+        if self.test_scale is None:
+            return super().judge(features, size)
+        latents, log_scales = self.with_log_scales(features)
+        tests = self.test_scale(scoring.score_tests(latents, log_scales))
+        return InferenceBatch(pred_score=self._highest(tests), anomaly_map=self._map(self._levels(latents), size))
 
     def score(self, latents: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Score: mean energy of all levels (eq. 8), or the highest positions. Map: mean squares (section 3.4)."""
-        levels = scoring.mean_squares(latents)
-        if self.level_scale is not None:
-            levels = self.level_scale(levels)
-        anomaly_map = scoring.anomaly_map(levels, size, self.map_mode)
+        """Score: mean energy of all levels (eq. 8), or the highest positions. Map: mean squares (section 3.4).
+
+        Raises:
+            ValueError: if the image score is that of score tests, which need more than latents: see :meth:`judge`.
+        """
+        levels = self._levels(latents)
+        anomaly_map = self._map(levels, size)
         if self.image_score == "energy":
             return InferenceBatch(pred_score=scoring.mean_energy(latents), anomaly_map=anomaly_map)
+        if self.image_score == "map":
+            return InferenceBatch(pred_score=scoring.top_mean(anomaly_map, self.top_share), anomaly_map=anomaly_map)
+        if self.image_score == "levels":
+            return InferenceBatch(pred_score=self._highest(levels), anomaly_map=anomaly_map)
+        msg = "score tests need the flow's log-scales, and not only latents: call judge with the features"
+        raise ValueError(msg)
+
+    def with_log_scales(self, features: Pyramid) -> tuple[Pyramid, Pyramid]:
+        """Latents of features, and in maps of the same shapes the log of what the couplings multiplied each number by.
+
+        These are the logarithms of the Jacobian's diagonal as far as numbers do not depend on one another, in units of
+        standardized features if the flow begins with a standardization.
+        """
+        pyramid = features
+        total: Pyramid = ()
+        for layer in self.flow:
+            if isinstance(layer, CrossScaleCoupling):
+                pyramid, log_scales = layer.with_log_scales(pyramid)
+                total = tuple(map(torch.add, total, log_scales)) if total else log_scales
+            else:
+                pyramid, _ = layer(pyramid, jac=False)
+                total = layer(total, jac=False)[0] if total else ()  # after a coupling, only permutations come
+        return pyramid, total
+
+    def _levels(self, latents: Sequence[Tensor]) -> Pyramid:
+        levels = scoring.mean_squares(latents)
+        return levels if self.level_scale is None else self.level_scale(levels)
+
+    def _map(self, levels: Pyramid, size: tuple[int, int]) -> Tensor:
+        return scoring.anomaly_map(levels, size, self.map_mode)
+
+    def _highest(self, levels: Pyramid) -> Tensor:
+        """The image score: mean over the highest positions of the levels' mean, at the finest level's resolution."""
         finest = (levels[0].shape[2], levels[0].shape[3])
-        scored = anomaly_map if self.image_score == "map" else scoring.anomaly_map(levels, finest, "mean")
-        return InferenceBatch(pred_score=scoring.top_mean(scored, self.top_share), anomaly_map=anomaly_map)
+        return scoring.top_mean(scoring.anomaly_map(levels, finest, "mean"), self.top_share)
 
 
 class CSFlow(FlowDetector):
@@ -170,7 +215,9 @@ class CSFlow(FlowDetector):
             images. So a step on large images costs no more than one on small ones.
         whiten: let the layer that ``standardize`` adds decorrelate the channels too.
         image_score: ``energy`` (the paper's), the mean over all latents; ``map``, the mean over the map's highest
-            positions; or ``levels``, the same of the levels' mean, whatever the map's fusion.
+            positions; ``levels``, the same of the levels' mean, whatever the map's fusion; or ``score_test``, the same
+            of the mean of the levels' score tests, each in standard deviations of the training images':
+            :func:`anomalib_csflow.scoring.score_tests`.
         top_share: share of the map's positions, the most unusual ones, that the image score is computed from; 0 takes
             only the most unusual position.
         coarse_kernel_size: of the convolutions of all levels but the finest, instead of ``kernel_sizes``. Larger ones
@@ -303,17 +350,21 @@ class CSFlow(FlowDetector):
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
 
     def measure(self) -> None:
-        """Measure the scale of each level's map on training images' features, without noise."""
+        """Measure the scales of the levels' maps and score tests on training images' features, without noise."""
         model, is_training = self.model, self.model.training
-        if model.level_scale is None:
+        if model.level_scale is None and model.test_scale is None:
             return
+        maps, tests = [], []
         with torch.no_grad():
             model.eval()
-            maps = (
-                scoring.mean_squares(model.transform(x, jac=False)[0]) for x in self.training_features(SCALE_IMAGES)
-            )
-            model.level_scale.fit(maps, gather=self.gather)
+            for features in self.training_features(SCALE_IMAGES):
+                latents, log_scales = model.with_log_scales(features)
+                maps.append(scoring.mean_squares(latents))
+                tests.append(scoring.score_tests(latents, log_scales))
             model.train(is_training)
+        for scale, measured in ((model.level_scale, maps), (model.test_scale, tests)):
+            if scale is not None:
+                scale.fit(measured, gather=self.gather)
 
     def load_reference_state_dict(
         self, state_dict: Mapping[str, Tensor], permutations: Mapping[str, Tensor] | None = None
