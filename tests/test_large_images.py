@@ -11,10 +11,11 @@ from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from test_fitting import OVER_LAYERS, fit, folder
+from torchvision.transforms.v2 import Resize
 
 from anomalib_csflow import CSFlow
 from anomalib_csflow.engine.crops import random_crops
-from anomalib_csflow.engine.images import UnreadableImageError, size_like, training_files
+from anomalib_csflow.engine.images import UnreadableImageError, as_large_as_square, size_like, training_files
 
 LARGE: dict[str, Any] = OVER_LAYERS | {"keep_aspect": True, "crop_size": 64, "post_processor": False}
 
@@ -59,6 +60,24 @@ def test_sizes_keep_the_aspect_ratio(size: tuple[int, int], expected: tuple[int,
     assert size_like([str(tmp_path / "image.png")], 448, 32) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((460, 1130), (192, 480)),
+        ((1130, 460), (480, 192)),
+        ((100, 1000), (96, 992)),
+        ((200, 300), (256, 384)),
+        ((384, 512), (320, 320)),  # 4:3 is not long
+        ((10, 9000), (32, 9600)),
+    ],
+)
+def test_long_images_become_as_large_as_a_square(
+    size: tuple[int, int], expected: tuple[int, int], tmp_path: Path
+) -> None:
+    Image.new("L", size[::-1]).save(tmp_path / "image.png")
+    assert as_large_as_square([str(tmp_path / "image.png")], 320, 32) == expected
+
+
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_text("no image")
     with pytest.raises(UnreadableImageError, match=r"image\.png is not an image that can be read"):
@@ -83,6 +102,31 @@ def test_a_fit_keeps_the_aspect_ratio_and_checkpoints_know_it(wide_images: Path,
     )
     assert predictions is not None
     assert predictions[0].anomaly_map.shape[-2:] == (64, 160)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(64, (32, 96)), (96, (64, 160))])
+def test_auto_keeps_the_aspect_ratio_of_long_images(
+    wide_images: Path, tmp_path: Path, side: int, expected: tuple[int, int]
+) -> None:
+    detector = CSFlow(**LARGE | {"keep_aspect": "auto", "image_size": side, "crop_size": None}, max_steps=2)
+    engine, _ = fit(detector, folder(wide_images), tmp_path)
+    assert detector.hparams["image_size"] == expected
+    assert detector.eval()(torch.rand(1, 3, 75, 200)).anomaly_map.shape == (1, 1, *expected)
+    by_itself = CSFlow.load_from_checkpoint(engine.best_model_path, weights="package")
+    assert by_itself.image_options.size == [*expected]
+
+
+def test_auto_leaves_images_square_that_are_not_long(image_folder: Path, tmp_path: Path) -> None:
+    detector = CSFlow(**LARGE | {"keep_aspect": "auto", "crop_size": None}, max_steps=2)
+    fit(detector, folder(image_folder), tmp_path)
+    assert detector.hparams["image_size"] == (64, 64)
+
+
+def test_auto_leaves_the_size_to_a_given_pre_processor() -> None:
+    given = PreProcessor(Resize((96, 64)))
+    detector = CSFlow(**LARGE | {"keep_aspect": "auto"}, pre_processor=given)
+    assert detector.pre_processor is given
+    assert not detector.image_options.is_open
 
 
 def test_a_step_sees_crops(wide_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

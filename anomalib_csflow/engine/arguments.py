@@ -25,7 +25,7 @@ COUNTS = {
 
 FLAGS = (
     *("antialias", "standardize", "whiten", "bfloat16", "recompute", "permute_soft", "fixed_train_rotations"),
-    *("localize", "keep_aspect"),
+    "localize",
 )
 OPTIONAL = (
     *("kernel_sizes", "coarse_kernel_size", "output_kernel_size", "conditioner_clamp"),
@@ -59,6 +59,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(("lr", "eps", "weight_decay"), ("a number of 0 or more", _is_number)),
     **dict.fromkeys(FLAGS, ("True or False", lambda x: isinstance(x, bool))),
+    "keep_aspect": ("True, False or 'auto'", lambda x: isinstance(x, bool) or x == "auto"),
     **dict.fromkeys(("backbone", "layer"), ("a name", lambda x: isinstance(x, str))),
     "layers": ("a list of names", lambda x: _each(x, lambda one: isinstance(one, str), range(1000))),
     "top_share": ("a number", lambda x: _is_number(x, -math.inf)),  # scoring says which

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from anomalib import LearningType
@@ -65,6 +66,8 @@ class FlowDetector(FlowInputs, FlowFitting, FlowOptimization, LeanCheckpoints, F
         evaluator: Evaluator | bool,
         visualizer: Visualizer | bool,
     ) -> None:
+        if image_options.keep_aspect == "auto" and isinstance(pre_processor, PreProcessor):
+            image_options = replace(image_options, keep_aspect=False)  # which has its own size
         self.image_options = image_options  # first, since the pre-processor is made from it
         self.training_options = training_options
         self.roles = {}

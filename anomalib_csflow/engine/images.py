@@ -1,12 +1,13 @@
 """How images are pre-processed for the backbone, and checks of image files before any long work starts."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from anomalib.data import AnomalibDataModule, Folder
@@ -23,6 +24,16 @@ from anomalib_csflow.runtime.detector import WIDE_MODES
 
 from .region import Region, RegionPreProcessor, packed
 
+KeepAspect = bool | Literal["auto"]
+"""Whether one number for the image size becomes two when a fit begins, from the training images' aspect ratio:
+
+- ``False``: it is height and width;
+- ``True``: it is the shorter side;
+- ``auto``: height and width, or, for images at least 1.5 times as long as wide, the side of a square with about as many
+  pixels, so that steps and predictions take no longer.
+"""
+LONG = 1.5
+"""From this aspect ratio on, ``auto`` keeps it."""
 MANY = 500  # from this number of files on, the check takes seconds and shows its progress
 
 
@@ -37,8 +48,7 @@ class ImageOptions:
         weights: the backbone's, see :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: whether to resize with antialiasing.
-        keep_aspect: whether one number for ``image_size`` is the shorter side, and the first training images' aspect
-            ratio gives the other when a fit begins.
+        keep_aspect: what one number for ``image_size`` becomes when a fit begins, see :data:`KeepAspect`.
         region: mask of the part of the images that is inspected: a file, which becomes text that checkpoints contain.
     """
 
@@ -46,7 +56,7 @@ class ImageOptions:
     weights: str
     image_size: int | tuple[int, int]
     antialias: bool
-    keep_aspect: bool = False
+    keep_aspect: KeepAspect = False
     region: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +67,7 @@ class ImageOptions:
     @property
     def is_open(self) -> bool:
         """Whether the training images decide the size."""
-        return self.keep_aspect and isinstance(self.image_size, int)
+        return bool(self.keep_aspect) and isinstance(self.image_size, int)
 
     @property
     def size(self) -> list[int]:
@@ -93,11 +103,34 @@ def size_like(files: Iterable[str], shorter: int, multiple: int) -> tuple[int, i
     Raises:
         UnreadableImageError: if one of them is not an image.
     """
-    ratios = [_aspect(file) for file in islice(files, 100)]
-    ratio = float(np.median(ratios)) if ratios else 1.0
+    ratio = _median_aspect(files)
     sides = (shorter * max(ratio, 1), shorter * max(1 / ratio, 1))
     height, width = (max(round(side / multiple), 1) * multiple for side in sides)
     return height, width
+
+
+def as_large_as_square(files: Iterable[str], side: int, multiple: int) -> tuple[int, int]:
+    """Height and width with about as many pixels as a square, and the aspect ratio of long images.
+
+    Args:
+        files: of images; the first hundred are looked at.
+        side: of the square, in pixels; the result if the images' median aspect ratio is below :data:`LONG`.
+        multiple: of pixels, for both sides. Of the multiples around them, those nearest to the aspect ratio are taken.
+
+    Raises:
+        UnreadableImageError: if one of them is not an image.
+    """
+    ratio = _median_aspect(files)
+    if max(ratio, 1 / ratio) < LONG:
+        return side, side
+    exact = (side * ratio**0.5 / multiple, side * ratio**-0.5 / multiple)
+    around = ({max(math.floor(count), 1) * multiple, math.ceil(count) * multiple} for count in exact)
+    return min(product(*around), key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+
+
+def _median_aspect(files: Iterable[str]) -> float:
+    ratios = [_aspect(file) for file in islice(files, 100)]
+    return float(np.median(ratios)) if ratios else 1.0
 
 
 def _aspect(file: str) -> float:

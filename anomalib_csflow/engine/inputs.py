@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from anomalib.data import AnomalibDataModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,6 +15,7 @@ from .compiled import CompiledFeatures, compiled
 from .feature_cache import FeatureCache
 from .images import (
     ImageOptions,
+    as_large_as_square,
     check_images,
     check_number,
     check_variety,
@@ -57,9 +59,13 @@ class FlowInputs(LightningModule):
 
     def follow_aspect(self) -> None:
         """When a fit begins, take the size from the training images' aspect ratio, if the options leave it open."""
-        if self.image_options.is_open and self.trainer.state.fn == "fit":
-            files = training_files(getattr(self.trainer, "datamodule", None))
-            self.take_size(size_like(files, self.image_options.size[0], self.model.features.strides[-1]))
+        if not self.image_options.is_open or self.trainer.state.fn != "fit":
+            return
+        data, side = getattr(self.trainer, "datamodule", None), self.image_options.size[0]
+        if self.image_options.keep_aspect != "auto":
+            self.take_size(size_like(training_files(data), side, self.model.features.strides[-1]))
+        elif isinstance(data, AnomalibDataModule):
+            self.take_size(as_large_as_square(training_files(data), side, self.model.features.strides[-1]))
 
     # -- features ---------------------------------------------------------------------------------
 

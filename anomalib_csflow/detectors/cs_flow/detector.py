@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from anomalib_csflow import scoring
 from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
-from anomalib_csflow.engine.images import ImageOptions
+from anomalib_csflow.engine.images import ImageOptions, KeepAspect
 from anomalib_csflow.engine.levels import LevelScale
 from anomalib_csflow.engine.model import FlowModel
 from anomalib_csflow.engine.optimization import Noise, OptimizerName, Schedule, TrainingOptions
@@ -209,8 +209,10 @@ class CSFlow(FlowDetector):
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
-        keep_aspect: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from the
-            training images' aspect ratio, both as multiples of the coarsest level's stride.
+        keep_aspect: True: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from
+            the training images' aspect ratio, both as multiples of the coarsest level's stride. ``auto``: if images
+            are at least 1.5 times as long as wide, keep their aspect ratio, with about as many pixels as a square of
+            ``image_size`` has.
         crop_size: train on random squares of this many pixels of each image's features; scores and maps are of whole
             images. So a step on large images costs no more than one on small ones.
         whiten: let the layer that ``standardize`` adds decorrelate the channels too.
@@ -285,7 +287,7 @@ class CSFlow(FlowDetector):
         max_steps: int | None = None,
         noise: Noise = 0.0,
         layers: Sequence[str] = (),
-        keep_aspect: bool = False,
+        keep_aspect: KeepAspect = False,
         crop_size: int | None = None,
         whiten: bool = False,
         image_score: ImageScore = "energy",
