@@ -48,7 +48,8 @@ class ImageOptions:
         weights: the backbone's, see :func:`~anomalib_csflow.features.weights.create_backbone`.
         image_size: height and width in pixels to which images are resized, or one number for both.
         antialias: whether to resize with antialiasing.
-        keep_aspect: what one number for ``image_size`` becomes when a fit begins, see :data:`KeepAspect`.
+        keep_aspect: what one number for ``image_size`` becomes when a fit begins, see
+            :data:`anomalib_csflow.engine.images.KeepAspect`.
         region: mask of the part of the images that is inspected: a file, which becomes text that checkpoints contain.
     """
 
