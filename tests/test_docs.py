@@ -60,6 +60,13 @@ def test_the_example_finds_defects(
     assert scores[0].max() < scores[1].min()
 
 
+@pytest.mark.refits
+def test_the_example_is_refitted(example: type[FlowDetector], datamodule: Folder, tmp_path: Path) -> None:
+    detector = example(**SMALL, image_size=(64, 96))
+    Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path).fit(detector, datamodule=datamodule)
+    assert detector.post_processor.image_threshold.isfinite()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """Of files read where they are; Sphinx sees the pages that it builds, and not the README."""

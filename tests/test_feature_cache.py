@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anomalib_csflow import CSFlow, FeatureCache
-from anomalib_csflow.engine.providers import ComputedFeatures, View
+from anomalib_csflow.engine.providers import CachedFeatures, CachedSet, ComputedFeatures, View
 from anomalib_csflow.features.store import FeatureStore, default_directory, image_key
 
 PYRAMID = (torch.randn(6, 4, 5), torch.randn(6, 2, 3))
@@ -291,6 +291,24 @@ Engine(default_root_dir=results, max_epochs=3, accelerator="cpu", devices=int(de
        callbacks=[Count(), FeatureCache(cache, max_gb=float(max_gb))]
 ).fit(model, datamodule=data)
 """
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_features_damaged_since_are_computed_again(datamodule: Folder, tmp_path: Path, count: int) -> None:
+    """With one image too, whose placeholder has the shape of a batch of one decoded image."""
+    datamodule.setup()
+    store = FeatureStore(tmp_path, {"a": "b"})
+    cached = CachedSet(datamodule.train_data, store, [""])
+    provider = CachedFeatures(lambda images: (images[:, :, :2, :2],), None, {"train_data": cached})
+    for path in cached.paths[:count]:
+        store.put(image_key(path, ""), (torch.zeros(3, 2, 2),))
+    cached.is_known = True
+    batch = cached.collate_fn([cached[index] for index in range(count)])
+    for path in files(tmp_path):
+        path.write_bytes(b"damaged")
+    (level,) = provider.features(batch)
+    assert level.shape == (count, 3, 2, 2)
+    assert level.isfinite().all()
 
 
 def fit_in_a_process_of_its_own(

@@ -76,7 +76,8 @@ class FlowDetector(FlowInputs, FlowFitting, FlowOptimization, LeanCheckpoints, F
             msg = f"{made_here} needs the detector's own pre-processor: leave out pre_processor"
             raise ValueError(msg)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.hparams["region"] = image_options.region  # and not a file that may be gone when a checkpoint is loaded
+        if "region" in self.hparams:
+            self.hparams["region"] = image_options.region  # and not a file that may be gone when a checkpoint is loaded
         self.keep_backbone = image_options.weights == "random"  # which cannot be loaded again
         self.model = build(create_backbone(image_options.backbone, image_options.weights))
         if self.input_size is not None:

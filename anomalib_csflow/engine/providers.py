@@ -98,9 +98,9 @@ class CachedFeatures:
         found = [cached.store.get(key) if key else None for key in keys]
         missing = [index for index, pyramid in enumerate(found) if pyramid is None]
         if missing:
-            if len(images) == len(paths):
+            if not images.isnan().any():
                 unknown = images[missing]
-            else:  # nothing was decoded, and a stored file has disappeared since
+            else:  # nothing was decoded, and a stored file has disappeared or been damaged since
                 unknown = self._decode([paths[index] for index in missing], cached, images.device)
             levels = self.compute(view.show(unknown))
             for row, index in enumerate(missing):
