@@ -120,7 +120,9 @@ def run(
 
 def environment(place: int, jobs: int) -> dict[str, str | None]:
     """Environment of one of several jobs on this machine: its share of the processors, and its own accelerator."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    # in a container or a job, often fewer than the machine has
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, processors // jobs))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # without it, submitit hides all devices
     if jobs > 1:
         import torch  # noqa: PLC0415 (takes seconds, and one job alone does not need it)

@@ -60,7 +60,7 @@ WRONG: dict[str, list[Any]] = {
     "gradient_clip_norm": [0, -1.0, float("nan")],
     "optimizer": ["sgd", None, 3, ["adam"]],
     "betas": [0.9, [0.9], [0.9, 1], [-0.1, 0.9], [float("nan"), 0.9]],
-    "image_size": [0, -64, [64, 0], [64, 64, 64], [], 64.5, "64", None],
+    "image_size": [0, -64, [64], [64, 0], [64, 64, 64], [], 64.5, "64", None],
     "layers": ["blocks.2", [2], None],
     "layer": [3, None],
     "backbone": [None, 7],

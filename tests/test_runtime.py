@@ -310,6 +310,14 @@ def test_watch_judges_each_image_once(made: Path, image_folder: Path, tmp_path: 
     assert len((out / "results.csv").read_text().splitlines()) == 10
 
 
+def test_watch_does_not_judge_its_own_pictures(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "incoming"
+    shutil.copytree(image_folder / "test", folder)
+    assert Watch(Detector(made), folder, folder / "results", lambda _: None).run(once=True) == 8
+    assert list((folder / "results" / "rejected").iterdir())
+    assert Watch(Detector(made), folder, folder / "results", lambda _: None).run(once=True) == 0
+
+
 def test_a_line_that_was_cut_off_is_judged_again(made: Path, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results"
     Watch(Detector(made), image_folder / "test", out, lambda _: None).run(once=True)

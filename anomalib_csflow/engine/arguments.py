@@ -74,7 +74,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         (f"a whole number from 1 to {LARGEST_KERNEL}", partial(_is_whole, most=LARGEST_KERNEL)),
     ),
     "betas": ("two numbers of 0 or more and below 1", lambda x: _each(x, partial(_is_number, below=1), (2,))),
-    "image_size": ("positive, a whole number or two", lambda x: _is_whole(x) or _each(x, _is_whole, (1, 2))),
+    "image_size": ("positive, a whole number or two", lambda x: _is_whole(x) or _each(x, _is_whole, (2,))),
 }
 """What each argument must be, and how to see whether a value is."""
 

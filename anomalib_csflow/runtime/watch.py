@@ -87,8 +87,12 @@ class Watch:
     def _arrived(self, settle: float) -> list[Path]:
         """Images that have not changed for so many seconds and are not in the record, the oldest first."""
         suffixes, found = Image.registered_extensions(), []
+        rejected, folder = (self.out / "rejected").resolve(), self.folder.resolve()
+        own = self.folder / rejected.relative_to(folder) if rejected.is_relative_to(folder) else None
         for path in self.folder.rglob("*"):
             if path.suffix.lower() not in suffixes or path.name.startswith("."):
+                continue
+            if own is not None and path.is_relative_to(own):  # a picture that was drawn here
                 continue
             try:
                 status = path.stat()
