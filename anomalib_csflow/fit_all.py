@@ -41,8 +41,8 @@ def fit_all(
 
     Raises:
         FileNotFoundError: if there is no such recipe or folder.
-        ValueError: if there is no part, the recipe is of no detector, anomalib refuses an option, or another command
-            is running in ``out``.
+        ValueError: if there is no part, ``out`` lies in ``root``, the recipe is of no detector, anomalib refuses an
+            option, or another command is running in ``out``.
     """
     values = yaml.safe_load((Path(recipe) if Path(recipe).is_file() else recipe_path(recipe)).read_text())
     if "model" not in values:
@@ -54,6 +54,9 @@ def fit_all(
     parts = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not parts or (root / "train" / "good").is_dir():
         msg = f"{root} needs a folder for each part, with its good images directly in it, in good or in train/good"
+        raise ValueError(msg)
+    if out.resolve().is_relative_to(root.resolve()):
+        msg = f"the results would be among the images in {root}: choose an --out outside of it"
         raise ValueError(msg)
     seed = values.get("seed_everything")
     numbers = seeds or [seed if isinstance(seed, int) else 0]

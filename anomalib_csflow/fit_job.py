@@ -114,8 +114,10 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Run anomalib's command line, with its output in the log, and say how it ended."""
     from . import cli  # noqa: PLC0415 (it imports this module)
 
-    for old in (path for path in folder.iterdir() if path.is_dir()):  # anomalib's, of an earlier attempt
-        shutil.rmtree(old)
+    model = yaml.safe_load((folder / "recipe.yaml").read_text())["model"]
+    detector = str(model.get("class_path") if isinstance(model, dict) else model).rpartition(".")[2]
+    if detector.isidentifier():  # anomalib's folder, of an earlier attempt; others may be the user's
+        shutil.rmtree(folder / detector, ignore_errors=True)
     log = folder / "log.txt"
     with log.open("w") as file:
         for stream in (1, 2):

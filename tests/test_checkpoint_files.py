@@ -10,6 +10,7 @@ from anomalib.engine import Engine
 from conftest import SMALL
 
 from anomalib_csflow import CSFlow
+from anomalib_csflow.engine import checkpoints
 from anomalib_csflow.engine.checkpoint_files import sum_of
 from anomalib_csflow.engine.checkpoints import CHECKPOINT_KEY, CheckpointError
 
@@ -124,3 +125,30 @@ def test_nothing_in_a_checkpoint_is_run(where: str, good: dict[str, Any], path: 
     content = harm if where == "whole" else {**good, where: {**good[where], "x": harm}}
     refused(content, path, "is not a readable checkpoint")
     assert not harm.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pre_processor", {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": None}}),
+        ("post_processor", "unittest.mock.Mock"),
+        ("post_processor", {"class_path": "anomalib_csflow.ConformalPostProcessor", "init_args": {"groups": {}}}),
+        ("backbone", {"class_path": "unittest.mock.Mock"}),
+        ("layers", ["blocks.2", {"class_path": "unittest.mock.Mock"}]),
+    ],
+)
+def test_arguments_that_could_run_code_are_refused(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read(arguments: dict[str, Any]) -> dict[str, Any]:
+        found = {"csflow": {"detector": "CSFlow"}, "hyper_parameters": arguments}
+        monkeypatch.setattr(
+            checkpoints, "read_checkpoint", lambda _: {checkpoints.CHECKPOINT_KEY: found["csflow"]} | found
+        )
+        return checkpoints.model_of(tmp_path / "model.ckpt")
+
+    own = {"class_path": "anomalib_csflow.ConformalPostProcessor", "init_args": {"groups": "part", "num_folds": 3}}
+    kept = {"image_size": (64, 96), "pre_processor": True, "visualizer": None, "post_processor": own}
+    assert read(kept)["init_args"]["post_processor"] == own
+    with pytest.raises(CheckpointError, match=f"has a {name} that is not of this package"):
+        read(kept | {name: value})

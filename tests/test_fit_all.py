@@ -152,6 +152,9 @@ def test_what_cannot_be_fitted_is_said_before_the_work(recipe: Path, tmp_path: P
     (tmp_path / "parts").mkdir()
     with pytest.raises(ValueError, match="parts needs a folder for each part"):
         fit_all.fit_all(str(recipe), tmp_path / "parts", tmp_path / "out", None, Cluster())
+    (tmp_path / "parts" / "part").mkdir()
+    with pytest.raises(ValueError, match="the results would be among the images"):
+        fit_all.fit_all(str(recipe), tmp_path / "parts", tmp_path / "parts" / "out", None, Cluster())
     with pytest.raises(FileNotFoundError, match="there is no recipe 'csflow_small'; near names are cs_flow_small"):
         fit_all.fit_all("csflow_small", tmp_path, tmp_path / "out", None, Cluster())
     with pytest.raises(ValueError, match="the recipe benchmark is of no detector"):

@@ -20,6 +20,7 @@ from .roles import Roles
 
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
+COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 
 
 def read_checkpoint(path: str | Path, detector: str | None = None) -> dict[str, Any]:
@@ -42,12 +43,44 @@ def model_of(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is not a checkpoint of this package.
+        CheckpointError: if it is not a checkpoint of this package, or has arguments that could run other code.
     """
     checkpoint = read_checkpoint(path)
     written = checkpoint[CHECKPOINT_KEY]
     arguments = {name: _plain(value) for name, value in checkpoint["hyper_parameters"].items()}
-    return {"class_path": f"anomalib_csflow.{written['detector']}", "init_args": arguments}
+    class_path = f"anomalib_csflow.{written['detector']}"
+    for name, value in [("detector", {"class_path": class_path}), *arguments.items()]:
+        if not (_is_own(value) if name in ("detector", *COMPONENTS) else _is_value(value)):
+            msg = (
+                f"{path} has a {name} that is not of this package, and could run any code: if you trust the file, "
+                "give the detector's arguments yourself, by --config or --model"
+            )
+            raise CheckpointError(msg)
+    return {"class_path": class_path, "init_args": arguments}
+
+
+def _is_value(value: object) -> bool:
+    """Whether an argument is a value or a list of values, of which no command line makes an object."""
+    if isinstance(value, list | tuple):
+        return all(_is_value(one) for one in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _is_own(component: object) -> bool:
+    """Whether an argument is no component, or one of this package with values as arguments."""
+    if isinstance(component, str):
+        component = {"class_path": component}
+    if not isinstance(component, Mapping):
+        return component is None or isinstance(component, bool)
+    package, _, name = str(component.get("class_path")).rpartition(".")
+    values = component.get("init_args") or {}
+    is_plain = isinstance(values, Mapping) and all(_is_value(value) for value in values.values())
+    return (
+        package == "anomalib_csflow"
+        and name.isidentifier()
+        and is_plain
+        and {*component} <= {"class_path", "init_args"}
+    )
 
 
 class LeanCheckpoints(LightningModule):
