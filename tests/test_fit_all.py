@@ -85,12 +85,15 @@ def test_a_killed_fit_is_done_again_and_a_finished_one_is_not(recipe: Path, tmp_
     shutil.copytree(root / "first" / "good", root / "second" / "train" / "good")
     (root / "second" / "test" / "scratch").mkdir(parents=True)
     (root / "second" / "test" / "scratch" / "not an image.png").write_text("is not read")
+    photos = out / "second" / "0" / "photos"  # not a fit's
+    photos.mkdir(parents=True)
     written = (out / "first" / "0" / "model.ckpt").stat()
     end_killed_at_random(command(recipe, root, out), out / "jobs", np.random.default_rng(3), 25)
     assert (out / "first" / "0" / "model.ckpt").stat() == written
     check_same(*tensors(out).values())
     loaded = CSFlow.load_from_checkpoint(out / "second" / "0" / "model.ckpt")
     assert loaded.post_processor.is_calibrated
+    assert photos.is_dir()
     assert "0 of 2 fits to do" in run().stderr
 
 

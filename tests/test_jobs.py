@@ -101,3 +101,13 @@ def test_each_job_has_a_device(visible: str, expected: str, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     found = [jobs.environment(place, jobs=4)["CUDA_VISIBLE_DEVICES"] for place in range(4)]
     assert found == [*expected, expected[0]]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, "6"), (2, "3"), (9, "1")])
+def test_jobs_share_the_processors_that_may_be_used(
+    number: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert jobs.environment(0, number)["OMP_NUM_THREADS"] == expected

@@ -21,6 +21,7 @@ from .roles import Roles
 BACKBONE = "model.features.backbone."
 EVALUATOR = "evaluator."
 COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
+"""Arguments of anomalib's that are modules."""
 
 
 def read_checkpoint(path: str | Path, detector: str | None = None) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def model_of(path: str | Path) -> dict[str, Any]:
     written = checkpoint[CHECKPOINT_KEY]
     arguments = {name: _plain(value) for name, value in checkpoint["hyper_parameters"].items()}
     class_path = f"anomalib_csflow.{written['detector']}"
-    for name, value in [("detector", {"class_path": class_path}), *arguments.items()]:
+    for name, value in [("detector", class_path), *arguments.items()]:
         if not (_is_own(value) if name in ("detector", *COMPONENTS) else _is_value(value)):
             msg = (
                 f"{path} has a {name} that is not of this package, and could run any code: if you trust the file, "

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import GroupKFold
 from torch.utils.data import DataLoader
 
+from .checkpoints import COMPONENTS
 from .good_images import CollectedScores, GoodImages
 from .groups import groups_of
 
@@ -95,8 +96,7 @@ def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
 
 def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) -> None:
     """Fit a detector with the same arguments and backbone, for as long as the given one was fitted."""
-    arguments = {name: detector.hparams[name] for name in detector.hparams if name not in COMPONENTS}
-    refitted = type(detector)(**arguments, **COMPONENTS)
+    refitted = type(detector)(**(dict(detector.hparams) | dict.fromkeys(COMPONENTS, False)))
     refitted.pre_processor = detector.pre_processor  # which a region, or the images' aspect ratio, may have made
     refitted.model.features.load_state_dict(detector.model.features.state_dict())
     refitted.compiled = detector.compiled
@@ -121,6 +121,3 @@ def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) ->
         callbacks=[collector, *([cache] if cache is not None else [])],
     )
     trainer.fit(refitted, datamodule=data)
-
-
-COMPONENTS: dict[str, Any] = {"pre_processor": False, "post_processor": False, "evaluator": False, "visualizer": False}

@@ -52,12 +52,16 @@ class Watch:
     _monitor: DriftMonitor | None = None
     _is_alarmed: bool = False
     _stopped: bool = False
+    _own: Path | None = None  # where pictures are drawn, if that is in the folder
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             msg = f"there is no folder {self.folder}"
             raise FileNotFoundError(msg)
-        (self.out / "rejected").mkdir(parents=True, exist_ok=True)
+        rejected, folder = self.out / "rejected", self.folder.resolve()
+        rejected.mkdir(parents=True, exist_ok=True)
+        if rejected.resolve().is_relative_to(folder):
+            self._own = self.folder / rejected.resolve().relative_to(folder)
         scale = self.detector.score_scale
         if scale is not None:
             self._monitor = DriftMonitor(scale.scale.calibrated(scale.good), self.alarm_rate)
@@ -87,12 +91,10 @@ class Watch:
     def _arrived(self, settle: float) -> list[Path]:
         """Images that have not changed for so many seconds and are not in the record, the oldest first."""
         suffixes, found = Image.registered_extensions(), []
-        rejected, folder = (self.out / "rejected").resolve(), self.folder.resolve()
-        own = self.folder / rejected.relative_to(folder) if rejected.is_relative_to(folder) else None
         for path in self.folder.rglob("*"):
             if path.suffix.lower() not in suffixes or path.name.startswith("."):
                 continue
-            if own is not None and path.is_relative_to(own):  # a picture that was drawn here
+            if self._own is not None and path.is_relative_to(self._own):
                 continue
             try:
                 status = path.stat()
