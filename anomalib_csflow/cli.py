@@ -8,21 +8,37 @@ Short names (``--model CSFlow``) and ``benchmark`` work here, because the detect
 
 import argparse
 import json
-import logging
+import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from .host_cli import anomalib, silence_logs, silence_warnings
 from .recipe_files import find_recipes, recipe_path
+from .user_errors import DEBUG, sentence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; without arguments, those of the process."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; without arguments, those of the process.
+
+    An error that the user can do something about ends it with that sentence, others with their traceback.
+    """
+    try:
+        run(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception as error:
+        said = None if os.environ.get(DEBUG) else sentence(error)
+        if said is None:
+            raise
+        if isinstance(error, argparse.ArgumentError):
+            print(said, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(said)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "recipe":
         recipe(rest)
@@ -37,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         fit_all(rest)
     elif command == "watch" or (command == "validate" and rest[:1] and not rest[0].startswith("-")):
-        from anomalib_csflow.runtime.__main__ import main as run  # anomalib has a validate too, without a position
+        from anomalib_csflow.runtime.__main__ import main as runtime  # anomalib has a validate too, without a position
 
-        run(arguments, "anomalib-csflow")
+        runtime(arguments, "anomalib-csflow")
     else:
         with from_checkpoint(arguments) as complete:
             anomalib(complete)
@@ -55,10 +71,7 @@ def recipe(names: Sequence[str]) -> None:
     elif len(names) > 1 or names[0].startswith("-"):
         sys.exit("usage: anomalib-csflow recipe [NAME]  prints the path of a recipe; without NAME, lists the recipes")
     else:
-        try:
-            print(recipe_path(names[0]))
-        except FileNotFoundError as error:
-            sys.exit(str(error))
+        print(recipe_path(names[0]))
 
 
 def install_weights(names: Sequence[str]) -> None:
@@ -94,15 +107,11 @@ def calibrate(arguments: Sequence[str]) -> None:
     silence_warnings()
     import anomalib_csflow
     from anomalib_csflow.engine import recalibration
-    from anomalib_csflow.engine.checkpoint_files import CheckpointError
     from anomalib_csflow.engine.checkpoints import model_of
 
     silence_logs()
-    try:
-        cls = getattr(anomalib_csflow, model_of(old)["class_path"].rpartition(".")[2])
-        made = recalibration.recalibrate(cls, old, given.good, new, given.rate, given.promise)
-    except (CheckpointError, OSError) as error:
-        sys.exit(str(error))
+    cls = getattr(anomalib_csflow, model_of(old)["class_path"].rpartition(".")[2])
+    made = recalibration.recalibrate(cls, old, given.good, new, given.rate, given.promise)
     print(f"{made}\nThe new thresholds are in {new}; {old} is as it was.")
 
 
@@ -121,10 +130,7 @@ def bundle(arguments: Sequence[str]) -> None:
     from anomalib_csflow.runtime import Bundle
 
     silence_logs()
-    try:
-        made = bundling.bundle(parsed.ckpt_path, parsed.out, parsed.reference, parsed.formats)
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(str(error))
+    made = bundling.bundle(parsed.ckpt_path, parsed.out, parsed.reference, parsed.formats)
     for note in Bundle(made).manifest["notes"]:
         print(note)
     print(f"{made}: check it with anomalib-csflow validate {made}")
@@ -142,78 +148,13 @@ def from_checkpoint(arguments: list[str]) -> Iterator[list[str]]:
     position = names.index("--ckpt_path")
     path = options[position][2] or next(iter(arguments[position + 1 :]), "")
     silence_warnings()
-    from anomalib_csflow.engine.checkpoint_files import CheckpointError
     from anomalib_csflow.engine.checkpoints import model_of
 
-    try:
-        model = model_of(path)
-    except (CheckpointError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    model = model_of(path)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "model.yaml"
         config.write_text(json.dumps({"model": model}))  # which is YAML too
         yield [arguments[0], "--config", str(config), *arguments[1:]]
-
-
-def anomalib(arguments: Sequence[str]) -> Any:
-    """Run anomalib's command line, with this package's detectors and the seed that is asked for."""
-    silence_warnings()
-    import anomalib_csflow
-
-    for name in anomalib_csflow.__all__:  # anomalib finds a short name among the classes that exist
-        getattr(anomalib_csflow, name)
-    from anomalib.cli.cli import AnomalibCLI
-    from anomalib.loggers import configure_logger
-    from lightning.pytorch import seed_everything
-    from lightning.pytorch.utilities import rank_zero_only
-
-    class CLI(AnomalibCLI):
-        """anomalib's own, mended in two ways.
-
-        It sets the seed of ``seed_everything``, which anomalib reads but does not use. And only the first process of a
-        fit makes a version folder: ``latest`` would otherwise lead to the empty folder of another process.
-        """
-
-        def before_instantiate_classes(self) -> None:
-            super().before_instantiate_classes()
-            options = self.config[self.subcommand]
-            if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0):
-                self.unused = tempfile.TemporaryDirectory()
-                options["trainer"]["default_root_dir"] = self.unused.name
-            seed = options.get("seed_everything")
-            if isinstance(seed, int) and not isinstance(seed, bool):  # True asks for a random seed
-                seed_everything(seed, workers=True)
-
-    configure_logger()
-    silence_logs()
-    return CLI(arguments)
-
-
-def silence_warnings() -> None:
-    """Ignore warnings that a user cannot act on: deprecations inside libraries, and what is as it should be."""
-    for category in (DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category)
-    for message in (
-        ".*Found .* module.s. in eval mode at the start of training",  # the frozen backbone
-        ".*No positive samples in targets",  # a folder of good images has no defects
-        ".*The ``compute`` method of metric .* was called before the ``update`` method",  # and no masks
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def silence_logs() -> None:
-    """Leave out Lightning's tips, the exporters' steps, and anomalib's second copy of every message."""
-    from lightning_utilities.core import rank_zero
-
-    rank_zero.log.addFilter(_is_no_tip)  # the logger of whichever of Lightning's packages was imported last
-    for library in ("nncf", "onnx_ir", "onnxscript"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
 
 
 if __name__ == "__main__":

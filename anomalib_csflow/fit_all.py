@@ -44,8 +44,12 @@ def fit_all(
         ValueError: if there is no part, ``out`` lies in ``root``, the recipe is of no detector, anomalib refuses an
             option, or another command is running in ``out``.
     """
-    values = yaml.safe_load((Path(recipe) if Path(recipe).is_file() else recipe_path(recipe)).read_text())
-    if "model" not in values:
+    try:
+        values = yaml.safe_load((Path(recipe) if Path(recipe).is_file() else recipe_path(recipe)).read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        msg = f"the recipe {recipe} is not YAML: {' '.join(str(error).split())}"
+        raise ValueError(msg) from error
+    if not isinstance(values, dict) or "model" not in values:
         msg = f"the recipe {recipe} is of no detector: choose one with a model"
         raise ValueError(msg)
     if not root.is_dir():
@@ -140,12 +144,13 @@ def main(arguments: Sequence[str]) -> None:
         help="submitit's parameters, such as timeout_min=60 cpus_per_task=4 slurm_partition=gpu",
     )
     given, options = parser.parse_known_args(arguments)
+    for text in given.cluster_options:
+        if "=" not in text:
+            parser.error(f"a cluster option is NAME=VALUE, got {text}")
     named = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given.cluster_options)}
     try:
         cluster = jobs.Cluster(given.cluster, given.jobs, named)
         fits = fit_all(given.config, given.root, given.out, given.seeds, cluster, options)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command continues from here")
     table = Table(*COLUMNS)

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import time
+import traceback
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from filelock import FileLock
 from PIL import Image
 
 from .engine.whole_files import whole_file
+from .host_cli import anomalib
 from .runtime.bundle import sha256
+from .user_errors import sentence
 
 GOOD = ("train/good", "good", ".")
 SIZES = ("train_batch_size", "eval_batch_size", "num_workers")
@@ -112,8 +116,6 @@ def work(path: str) -> None:
 
 def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Run anomalib's command line, with its output in the log, and say how it ended."""
-    from . import cli  # noqa: PLC0415 (it imports this module)
-
     model = yaml.safe_load((folder / "recipe.yaml").read_text())["model"]
     detector = str(model.get("class_path") if isinstance(model, dict) else model).rpartition(".")[2]
     if detector.isidentifier():  # anomalib's folder, of an earlier attempt; others may be the user's
@@ -124,15 +126,15 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             os.dup2(file.fileno(), stream)
     start = time.perf_counter()
     try:
-        engine = cli.anomalib(["fit", "-c", str(folder / "recipe.yaml"), *job["options"]]).engine
+        engine = anomalib(["fit", "-c", str(folder / "recipe.yaml"), *job["options"]]).engine
         Path(engine.best_model_path).replace(folder / "model.ckpt")
         made = getattr(engine.model.post_processor, "made", None)
-    except SystemExit:  # the parser has printed the reason
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return {"status": "refused", "reason": said[-1] if said else "anomalib refuses the arguments"}
+    except ArgumentError as error:
+        return {"status": "refused", "reason": sentence(error)}
     except Exception as error:  # whatever fails in this fit, the others go on
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
+        traceback.print_exc()  # into the log
+        reason = sentence(error) or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return {"status": "failed", "reason": reason}
     return {
         "status": "done",
         "digest": sha256(folder / "model.ckpt"),

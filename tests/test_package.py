@@ -16,7 +16,7 @@ from lightning_utilities.core import rank_zero
 from rich.logging import RichHandler
 
 import anomalib_csflow
-from anomalib_csflow import cli
+from anomalib_csflow import cli, host_cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +94,7 @@ def test_logs_without_tips_steps_and_copies(monkeypatch: pytest.MonkeyPatch) -> 
     root = logging.getLogger()
     rich = RichHandler()
     monkeypatch.setattr(root, "handlers", [logging.StreamHandler(), rich])
-    cli.silence_logs()
+    host_cli.silence_logs()
     assert root.handlers == [rich]
     assert not logging.getLogger("onnx_ir.passes").isEnabledFor(logging.INFO)
     messages = ["💡 Tip: install litlogger", "GPU available: False"]
@@ -105,7 +105,7 @@ def test_logs_without_tips_steps_and_copies(monkeypatch: pytest.MonkeyPatch) -> 
 def test_warnings_that_nobody_can_act_on() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cli.silence_warnings()
+        host_cli.silence_warnings()
         warnings.warn("Importing from timm.models.layers is deprecated", FutureWarning, stacklevel=1)
         warnings.warn("Found 323 module(s) in eval mode at the start of training.", UserWarning, stacklevel=1)
         warnings.warn("the feature cache stops storing", UserWarning, stacklevel=1)

@@ -1,5 +1,6 @@
 """Reading checkpoint files that may be anybody's: nothing in them is run, and what is wrong is said in a sentence."""
 
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -115,6 +116,8 @@ def read(path: Path, load: Callable[[], Any], detector: str | None) -> dict[str,
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         if isinstance(error, UnpicklingError):  # torch's text tells how to run what is in the file
             reason = "it holds more than tensors and plain values"
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+            reason = "torch.save did not write it, or its end is missing"
         msg = f"{path} is not a readable checkpoint ({reason}): give the .ckpt file of a training"
         raise CheckpointError(msg) from error
     check_form(checkpoint, detector or _writer(checkpoint) or "anomalib_csflow", str(path))

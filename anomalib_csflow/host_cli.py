@@ -1,0 +1,79 @@
+"""anomalib's own command line, with this package's detectors in it."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+
+def anomalib(arguments: Sequence[str]) -> Any:
+    """Run anomalib's command line, with this package's detectors and the seed that is asked for.
+
+    Raises:
+        ArgumentError: if the parser refuses an argument.
+    """
+    silence_warnings()
+    import anomalib_csflow
+
+    for name in anomalib_csflow.__all__:  # anomalib finds a short name among the classes that exist
+        getattr(anomalib_csflow, name)
+    from anomalib.cli.cli import AnomalibCLI
+    from anomalib.loggers import configure_logger
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
+
+    class CLI(AnomalibCLI):
+        """anomalib's own, mended in three ways.
+
+        Its parser raises an error for what it refuses. It sets the seed of ``seed_everything``, which anomalib reads
+        but does not use. And only the first process of a fit makes a version folder: ``latest`` would otherwise lead
+        to the empty folder of another process.
+        """
+
+        @staticmethod
+        def init_parser(**kwargs: Any) -> Any:
+            parser = AnomalibCLI.init_parser(**kwargs)
+            parser.exit_on_error = False
+            return parser
+
+        def before_instantiate_classes(self) -> None:
+            super().before_instantiate_classes()
+            options = self.config[self.subcommand]
+            if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0):
+                self.unused = tempfile.TemporaryDirectory()
+                options["trainer"]["default_root_dir"] = self.unused.name
+            seed = options.get("seed_everything")
+            if isinstance(seed, int) and not isinstance(seed, bool):  # True asks for a random seed
+                seed_everything(seed, workers=True)
+
+    configure_logger()
+    silence_logs()
+    return CLI(arguments)
+
+
+def silence_warnings() -> None:
+    """Ignore warnings that a user cannot act on: deprecations inside libraries, and what is as it should be."""
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for message in (
+        ".*Found .* module.s. in eval mode at the start of training",  # the frozen backbone
+        ".*No positive samples in targets",  # a folder of good images has no defects
+        ".*The ``compute`` method of metric .* was called before the ``update`` method",  # and no masks
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def silence_logs() -> None:
+    """Leave out Lightning's tips, the exporters' steps, and anomalib's second copy of every message."""
+    from lightning_utilities.core import rank_zero
+
+    rank_zero.log.addFilter(_is_no_tip)  # the logger of whichever of Lightning's packages was imported last
+    for library in ("nncf", "onnx_ir", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
