@@ -10,10 +10,10 @@ from anomalib.data.datasets import FolderDataset
 from anomalib.data.datasets.base import image
 from anomalib.engine import Engine
 from conftest import FAST_FLOW
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from anomalib_csflow import CSFlow, FastFlow, FeatureCache, scoring
-from anomalib_csflow.engine import images, roles, step_images
+from anomalib_csflow.engine import folds, images, roles, step_images
 from anomalib_csflow.engine.optimization import TrainingOptions
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.engine.providers import RepeatedSet
@@ -81,6 +81,24 @@ def test_as_many_steps_as_are_asked_and_a_checkpoint(image_folder: Path, tmp_pat
     torch.testing.assert_close(found.pred_score, expected.pred_score)
     assert loaded.model.level_scale.is_fitted
     assert loaded.model.test_scale.is_fitted
+
+
+@pytest.mark.parametrize(("min_epochs", "expected"), [(None, 2), (1, 3), (3, 7)])  # nine images in batches of four
+def test_many_images_get_more_steps(image_folder: Path, tmp_path: Path, min_epochs: int | None, expected: int) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=3 if min_epochs else 2, min_epochs=min_epochs, post_processor=False)
+    _, steps = fit(detector, folder(image_folder), tmp_path)
+    assert steps.steps == expected
+
+
+def test_min_epochs_draw_no_more_images_than_the_steps_hold(image_folder: Path, tmp_path: Path) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=2, min_epochs=4, post_processor=False)
+    _, steps = fit(detector, folder(image_folder, train_batch_size=2), tmp_path)
+    assert steps.steps == 8  # four times four images
+
+
+def test_min_epochs_need_max_steps() -> None:
+    with pytest.raises(ValueError, match="min_epochs adds to max_steps: set max_steps too"):
+        CSFlow(**OVER_LAYERS, min_epochs=4)
 
 
 @pytest.mark.parametrize("max_steps", [3, 100])
@@ -250,3 +268,61 @@ def test_too_few_images_to_refit_are_said(image_folder: Path, tmp_path: Path) ->
     with pytest.warns(UserWarning, match="5 training images are too few to refit on, which takes 6 or more"):
         fit(detector, folder(tmp_path, val_split_ratio=0.2), tmp_path)
     assert detector.post_processor.num_good == 1
+
+
+@pytest.fixture
+def refits(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The trainers of refits, in their order."""
+    made: list[Trainer] = []
+
+    def trainer(**options: Any) -> Trainer:
+        made.append(Trainer(**options))
+        return made[-1]
+
+    monkeypatch.setattr(folds, "Trainer", trainer)
+    return made
+
+
+def processor() -> ConformalPostProcessor:
+    return ConformalPostProcessor(num_folds=2)
+
+
+def test_refits_take_all_steps_of_a_resumed_fit(image_folder: Path, tmp_path: Path, refits: list[Trainer]) -> None:
+    engine, _ = fit(CSFlow(**OVER_LAYERS, max_steps=4, post_processor=processor()), folder(image_folder), tmp_path)
+    assert [trainer.global_step for trainer in refits] == [4, 4]
+    refits.clear()
+    detector, steps = CSFlow(**OVER_LAYERS, max_steps=6, post_processor=processor()), Steps()
+    again = Engine(accelerator="cpu", default_root_dir=tmp_path / "again", callbacks=[steps])
+    again.fit(detector, datamodule=folder(image_folder), ckpt_path=engine.best_model_path)
+    assert (steps.steps, [trainer.global_step for trainer in refits]) == (2, [6, 6])
+
+
+def test_refits_see_as_many_steps_as_min_epochs_gave(image_folder: Path, tmp_path: Path, refits: list[Trainer]) -> None:
+    detector = CSFlow(**OVER_LAYERS, post_processor=processor(), max_steps=3, min_epochs=3)
+    fit(detector, folder(image_folder), tmp_path)
+    assert [trainer.global_step for trainer in refits] == [7, 7]
+
+
+class Stop(Callback):
+    """Stops a fit after its second epoch, as early stopping does."""
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop."""
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_refits_stop_where_the_fit_stopped(image_folder: Path, tmp_path: Path, refits: list[Trainer]) -> None:
+    detector = CSFlow(**OVER_LAYERS, post_processor=processor())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, callbacks=[Stop()], max_epochs=5)
+    engine.fit(detector, datamodule=folder(image_folder))
+    assert engine.trainer.global_step == 6
+    assert [trainer.global_step for trainer in refits] == [2, 4]  # two epochs, of 4 and 5 images in batches of four
+
+
+def test_refits_take_as_many_steps_as_the_trainer_allowed(
+    image_folder: Path, tmp_path: Path, refits: list[Trainer]
+) -> None:
+    detector = CSFlow(**OVER_LAYERS, post_processor=processor())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, max_epochs=9, max_steps=7)
+    engine.fit(detector, datamodule=folder(image_folder))
+    assert [trainer.global_step for trainer in refits] == [7, 7]

@@ -19,6 +19,7 @@ COUNTS = {
     "fibers_per_step": 1,
     "max_epochs": 1,
     "max_steps": 1,
+    "min_epochs": 1,
     "crop_size": 1,
 }
 """Whole numbers, and the least of each."""
@@ -29,7 +30,7 @@ FLAGS = (
 )
 OPTIONAL = (
     *("kernel_sizes", "coarse_kernel_size", "output_kernel_size", "conditioner_clamp"),
-    *("gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region"),
+    *("gradient_clip_norm", "max_epochs", "max_steps", "min_epochs", "crop_size", "region"),
 )
 """May be None too."""
 

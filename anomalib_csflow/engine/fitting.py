@@ -56,25 +56,28 @@ class FlowFitting(LightningModule):
     # -- steps ------------------------------------------------------------------------------------
 
     def repeat_training_set(self) -> None:
-        """Make an epoch of ``max_steps`` batches, if the option is set."""
+        """Make an epoch of ``max_steps`` batches, if the option is set, or more for ``min_epochs``."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        steps = self.training_options.max_steps
-        if steps and datamodule is not None:
-            length = batches(self.trainer, steps) * datamodule.train_batch_size
-            repeated = RepeatedSet(datamodule.train_data, length)
+        options = self.training_options
+        if options.max_steps and datamodule is not None:
+            step_size = batches(self.trainer, 1) * datamodule.train_batch_size
+            steps = options.steps_for(len(datamodule.train_data), step_size)
+            repeated = RepeatedSet(datamodule.train_data, steps, step_size)
             datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume a fit by steps: the steps of ``max_steps`` that are left are one more epoch."""
+        """Resume a fit by steps: those that are left are one more epoch."""
         super().on_load_checkpoint(checkpoint)
         options, trainer = self.training_options, self._trainer
-        steps, done = options.max_steps, Progress.of(checkpoint)
-        if not steps or options.max_epochs or not done or not done.epochs or trainer is None:
+        done = Progress.of(checkpoint)
+        if options.max_epochs or not done or not done.epochs or trainer is None or trainer.state.fn != "fit":
             return
         data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
-        left = steps - done.batches // trainer.accumulate_grad_batches  # of each process
-        if trainer.state.fn == "fit" and isinstance(data, RepeatedSet) and left > 0:
-            data.length = data.length // steps * left
+        if not isinstance(data, RepeatedSet):
+            return
+        left = data.steps - done.batches // trainer.accumulate_grad_batches  # of each process
+        if left > 0:
+            data.steps = left
             trainer.fit_loop.max_epochs = done.epochs + 1
 
     def teardown(self, stage: str) -> None:

@@ -95,19 +95,20 @@ def _subset(images: AnomalibDataset, indices: Sequence[int]) -> AnomalibDataset:
 
 
 def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) -> None:
-    """Fit a detector with the same arguments and backbone, for as long as the given one was fitted."""
-    refitted = type(detector)(**(dict(detector.hparams) | dict.fromkeys(COMPONENTS, False)))
+    """Fit a detector with the same arguments and backbone, for as long as the given one was fitted in all."""
+    own = detector.trainer
+    length, epochs = _length(detector)
+    refitted = type(detector)(**(dict(detector.hparams) | dict.fromkeys(COMPONENTS, False) | length))
     refitted.pre_processor = detector.pre_processor  # which a region, or the images' aspect ratio, may have made
     refitted.model.features.load_state_dict(detector.model.features.state_dict())
     refitted.compiled = detector.compiled
-    own = detector.trainer
     cache = copy(detector.feature_cache)
     if cache is not None:
         cache.opened = None
     trainer = Trainer(
-        max_epochs=own.max_epochs,
+        max_epochs=epochs,
         max_steps=own.max_steps,
-        check_val_every_n_epoch=max(own.max_epochs or 1, 1),
+        check_val_every_n_epoch=max(epochs or 1, 1),
         accelerator="auto" if own.strategy.root_device.type != "cpu" else "cpu",
         devices=1,
         precision=own.precision,
@@ -121,3 +122,18 @@ def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) ->
         callbacks=[collector, *([cache] if cache is not None else [])],
     )
     trainer.fit(refitted, datamodule=data)
+
+
+def _length(detector: "FlowDetector") -> tuple[dict[str, Any], int | None]:
+    """How long a detector was fitted in all: arguments for a fit of as many steps, and the trainer's epochs.
+
+    It may have been stopped before its planned end, or have been resumed once or more.
+    """
+    own, options = detector.trainer, detector.training_options
+    if options.max_steps and not options.max_epochs:
+        batches = own.fit_loop.epoch_loop.batch_progress.total.ready
+        rest = {"min_epochs": None} if options.min_epochs else {}
+        return {"max_steps": max(batches // own.accumulate_grad_batches, 1)} | rest, 1
+    if 0 <= own.max_steps <= own.global_step:  # an epoch of a fold has fewer steps
+        return {}, own.max_epochs
+    return {}, max(own.fit_loop.epoch_progress.current.completed, 1)

@@ -67,6 +67,7 @@ class TrainingOptions:
     crop_size: int | None = None
     optimizer: OptimizerName = "adam"
     noise_exponent: float = 2 / 3
+    min_epochs: int | None = None
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))
@@ -79,6 +80,18 @@ class TrainingOptions:
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
             raise ValueError(msg)
+        if self.min_epochs and not self.max_steps:
+            msg = "min_epochs adds to max_steps: set max_steps too, or max_epochs instead"
+            raise ValueError(msg)
+
+    def steps_for(self, num_images: int, step_size: int) -> int:
+        """Number of steps of a fit by ``max_steps``: more if ``min_epochs`` of the training images take more.
+
+        Args:
+            num_images: to train on.
+            step_size: number of samples in a step, of all processes together.
+        """
+        return max(self.max_steps or 0, math.ceil((self.min_epochs or 0) * num_images / step_size))
 
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""

@@ -174,12 +174,14 @@ class RepeatedSet(Dataset[ImageItem]):
 
     Args:
         dataset: with one sample or more.
-        length: number of samples in an epoch.
+        steps: number of steps in an epoch.
+        step_size: number of samples in a step, of all processes together.
     """
 
-    def __init__(self, dataset: AnomalibDataset | CachedSet, length: int) -> None:
+    def __init__(self, dataset: AnomalibDataset | CachedSet, steps: int, step_size: int) -> None:
         self.dataset = dataset
-        self.length = length
+        self.steps = steps
+        self.step_size = step_size
 
     def __getitem__(self, index: int) -> ImageItem:
         """Read a sample."""
@@ -187,7 +189,7 @@ class RepeatedSet(Dataset[ImageItem]):
 
     def __len__(self) -> int:
         """Count the samples of an epoch."""
-        return self.length
+        return self.steps * self.step_size
 
     def __getattr__(self, name: str) -> Any:
         """All other attributes are those of the data set."""

@@ -60,7 +60,8 @@ class Detector:
         """Number of images that a fit processes, with repetitions, for a training set of the given size."""
         own = self.init_args.get("max_steps")
         if own:  # one epoch of whole batches, however many images there are
-            return int(own) * self.train_batch_size
+            least = int(own) * self.train_batch_size
+            return max(least, min(images, least) * int(self.init_args.get("min_epochs") or 0))
         passed = [images * self.epochs] if self.epochs else []
         passed += [min(images, self.train_batch_size) * self.steps] if self.steps else []
         return min(passed, default=images)

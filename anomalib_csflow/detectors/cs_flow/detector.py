@@ -207,6 +207,8 @@ class CSFlow(FlowDetector):
             num_blocks, and a step takes about a third longer.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        min_epochs: with ``max_steps``: train for more batches if the images are so many that each would be seen less
+            often than this. A fit still draws no more images than the batches of ``max_steps`` hold.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
         keep_aspect: True: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from
@@ -297,6 +299,7 @@ class CSFlow(FlowDetector):
         conditioner_clamp: float | None = None,
         region: str | None = None,
         optimizer: OptimizerName = "adam",
+        min_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -347,6 +350,7 @@ class CSFlow(FlowDetector):
             crop_size=crop_size,
             optimizer=optimizer,
             noise_exponent=NOISE_EXPONENT,
+            min_epochs=min_epochs,
         )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for
