@@ -28,9 +28,14 @@ from PIL import Image
 from scipy import ndimage
 
 from anomalib_csflow import CSFlow, RealNVP, bundling, cli, from_recipe
+from anomalib_csflow.bundling.manifest import licence
+from anomalib_csflow.engine.images import UnreadableImageError
+from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.runtime import Bundle, BundleError, Detector
+from anomalib_csflow.runtime import validate as validation
 from anomalib_csflow.runtime.__main__ import main
 from anomalib_csflow.runtime.boxes import boxes
+from anomalib_csflow.runtime.bundle import digest, sha256
 from anomalib_csflow.runtime.detector import ImageError, read
 from anomalib_csflow.runtime.engines import planes
 from anomalib_csflow.runtime.validate import Case, Measured, validate
@@ -153,11 +158,20 @@ def change(name: str) -> Callable[[Path], None]:
 
 
 def edit(**changes: object) -> Callable[[Path], None]:
+    """As another program would write it, with its own digest."""
+
     def apply(folder: Path) -> None:
-        manifest = json.loads((folder / "bundle.json").read_text())
-        (folder / "bundle.json").write_text(json.dumps(manifest | changes))
+        manifest = json.loads((folder / "bundle.json").read_text()) | changes
+        (folder / "bundle.json").write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
 
     return apply
+
+
+def lower_threshold(folder: Path) -> None:
+    """As a hand may edit it."""
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["calibration"]["score"]["threshold"] -= 1
+    (folder / "bundle.json").write_text(json.dumps(manifest, indent=1))
 
 
 BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -166,12 +180,41 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file": (lambda folder: (folder / "model.xml").unlink(), r"the bundle lacks model\.xml"),
     "no manifest": (lambda folder: (folder / "bundle.json").unlink(), r"has no bundle\.json"),
     "half a manifest": (lambda folder: os.truncate(folder / "bundle.json", 700), "cannot be read"),
+    "a changed threshold": (lower_threshold, r"bundle\.json of .* was changed or damaged: copy the bundle again"),
     "another version": (edit(version=2), "version 2, and this package reads version 1"),
     "another format": (edit(format="x"), "is not a bundle of anomalib-csflow"),
     "no models": (edit(models={}), "no runtime for this bundle"),
     "a file outside": (edit(files={"../x": {"sha256": "0"}}), "outside the bundle"),
     "a model that is not listed": (edit(files={}), "does not list"),
 }
+
+
+def encrypt(archive: bytearray) -> None:
+    """Set the flag of encryption of all files, in both of their headers."""
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        position = archive.find(signature)
+        while position >= 0:
+            archive[position + offset] |= 1
+            position = archive.find(signature, position + 4)
+
+
+def overwrite(archive: bytearray) -> None:
+    archive[2000:2400] = bytes(400)
+
+
+@pytest.mark.parametrize("damage", [encrypt, overwrite, lambda archive: archive.__delitem__(slice(-5000, None))])
+def test_a_damaged_zip_is_refused_in_a_sentence(
+    damage: Callable[[bytearray], None], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "part"), "zip", made))
+    data = bytearray(path.read_bytes())
+    damage(data)
+    path.write_bytes(data)
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", str(path)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "copy it again" in line
 
 
 @pytest.mark.parametrize("name", BAD_BUNDLES)
@@ -245,6 +288,29 @@ def test_bundling_says_that_antialiased_thresholds_do_not_fit(
         assert ("the thresholds do not fit" in capsys.readouterr().out) == (path != checkpoint)
 
 
+def test_a_reference_image_that_cannot_be_read(checkpoint: Path, image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "test/good", tmp_path / "good")
+    os.truncate(next((tmp_path / "good").iterdir()), 100)
+    with pytest.raises(UnreadableImageError, match="good"):
+        bundling.bundle(checkpoint, tmp_path / "new", tmp_path / "good")
+    assert not (tmp_path / "new").exists()
+
+
+def test_scores_that_are_not_normalized(image_folder: Path, tmp_path: Path) -> None:
+    processor = ConformalPostProcessor(enable_normalization=False, num_folds=0)
+    detector = RealNVP(**SMALL, image_size=64, antialias=False, post_processor=processor)
+    engine = Engine(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
+    engine.fit(detector, datamodule=Folder(**folder_arguments(image_folder)))
+    with pytest.raises(ValueError, match="a bundle needs calibrated scores: fit again without enable_normalization"):
+        bundling.bundle(engine.best_model_path, tmp_path / "new")
+
+
+def test_the_licence_is_that_of_these_weights() -> None:
+    of_one_architecture = ("vit_base_patch16_224.mae", "vit_base_patch16_224.augreg_in21k")
+    assert [licence(name, "hub") for name in of_one_architecture] == ["cc-by-nc-4.0", "apache-2.0"]
+    assert licence("tf_efficientnet_lite2", "/a/file.pth") == "unknown"
+
+
 # -- validate ---------------------------------------------------------------------------------------
 
 
@@ -257,6 +323,17 @@ def test_validate_compares_all_runtimes(made: Path, image_folder: Path, capsys: 
     assert all(line.split()[2] == str(4 + 8) for line in kept)  # the reference images and the folder's
 
 
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_validate_says_that_a_runtime_was_killed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_run", _killed)
+    measured = validate(Bundle(made))
+    assert {one.error for one in measured} == {"its process was killed: is there enough memory?"}
+    assert not any(one.keeps(1) for one in measured if one.case.precision == "f32")
+
+
 def test_validate_fails_where_the_promise_is_broken(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "part"
     shutil.copytree(made, folder)
@@ -266,10 +343,8 @@ def test_validate_fails_where_the_promise_is_broken(made: Path, tmp_path: Path) 
         changed = {name: outputs[name] for name in outputs.files}
     changed["pred_score"] = changed["pred_score"] + 0.01
     np.savez(path, **changed)
-    from anomalib_csflow.runtime.bundle import sha256
-
     manifest["files"][manifest["reference"]["outputs"]]["sha256"] = sha256(path)
-    (folder / "bundle.json").write_text(json.dumps(manifest))
+    edit(**manifest)(folder)
     with pytest.raises(SystemExit) as stopped:
         main(["validate", str(folder), "--threads", "1"])
     assert stopped.value.code == 1

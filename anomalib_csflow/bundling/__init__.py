@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from anomalib.data.utils import get_image_filenames, read_image
+from anomalib.post_processing import PostProcessor
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,8 +21,9 @@ import anomalib_csflow
 from anomalib_csflow.engine.checkpoint_files import CHECKPOINT_KEY
 from anomalib_csflow.engine.checkpoints import LeanCheckpoints, read_checkpoint
 from anomalib_csflow.engine.detector import FlowDetector
+from anomalib_csflow.engine.images import check_images
 from anomalib_csflow.engine.whole_files import partial_folder, whole_file
-from anomalib_csflow.runtime.bundle import FORMATS, MANIFEST, Format, sha256
+from anomalib_csflow.runtime.bundle import DIGEST, FORMATS, MANIFEST, Format, digest, sha256
 
 from .int8 import good_images, write_int8
 from .manifest import manifest, requirements
@@ -73,7 +75,9 @@ def bundle(
         FileExistsError: if there is something at ``out``.
         FileNotFoundError: if there is no checkpoint or no reference folder.
         CheckpointError: if it is not a checkpoint of this package.
-        ValueError: for an unknown format, a folder without images, or an 8-bit model that loses too much.
+        ValueError: for an unknown format, a folder without images, a post-processor that does not normalize, or an
+            8-bit model that loses too much.
+        UnreadableImageError: names the first reference image that cannot be read.
         OSError: if the bundle cannot be written.
     """
     out = Path(out)
@@ -90,7 +94,12 @@ def bundle(
     if "int8" in formats:
         formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # the 8-bit model is made from it
     good = good_images(reference) if "int8" in formats else []
+    if reference is not None:
+        check_images(_reference_files(reference))
     detector = load_detector(checkpoint)
+    if isinstance(detector.post_processor, PostProcessor) and not detector.post_processor.enable_normalization:
+        msg = "a bundle needs calibrated scores: fit again without enable_normalization=False in the post-processor"
+        raise ValueError(msg)
     images = _reference_images(detector, reference)
     with partial_folder("the bundle", out) as temporary:
         folder = temporary / "bundle"
@@ -115,6 +124,7 @@ def bundle(
             path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
             for path in files
         }
+        described[DIGEST] = digest(described)
         (folder / MANIFEST).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         if out.suffix == ".zip":
             _zip(folder, out)
@@ -151,11 +161,14 @@ def _describe(path: Path) -> None:
     described.with_suffix(".bin").replace(path.with_suffix(".bin"))
 
 
+def _reference_files(reference: str | Path) -> list[Path]:
+    return [Path(file) for file in get_image_filenames(reference)[:NUM_REFERENCE]]
+
+
 def _reference_images(detector: FlowDetector, reference: str | Path | None) -> list[NDArray[np.uint8]]:
     """Good images as 8-bit RGB, or two test patterns: stripes and noise."""
     if reference is not None:
-        files = get_image_filenames(reference)[:NUM_REFERENCE]
-        return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        return [np.asarray(Image.open(file).convert("RGB")) for file in _reference_files(reference)]
     height, width = detector.image_options.size
     stripes = (127 + 100 * np.sin(np.arange(width) / 9)).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)

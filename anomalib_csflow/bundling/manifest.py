@@ -31,7 +31,6 @@ def manifest(detector: FlowDetector, checkpoint: Path, models: Mapping[Format, s
     made = processor.made if isinstance(processor, ConformalPostProcessor) else None
     scales = (processor.score_scale, processor.map_scale) if isinstance(processor, ConformalPostProcessor) else ()
     score, of_map = (_scale(scale) for scale in scales) if is_conformal else (None, None)
-    architecture = options.backbone.partition(".")[0]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -42,7 +41,7 @@ def manifest(detector: FlowDetector, checkpoint: Path, models: Mapping[Format, s
             "name": options.backbone,
             "weights": options.weights,
             "sha256": weights.fingerprint(detector.model.features.backbone),
-            "licence": _licence(architecture, options.weights),
+            "licence": licence(options.backbone, options.weights),
         },
         "input": {
             "layout": "NCHW",
@@ -82,10 +81,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _licence(architecture: str, source: str) -> str:
-    """Licence of the backbone's weights, as far as it is known."""
-    if source in {"hub", "package"} and timm.is_model(architecture):
-        configured = timm.models.get_pretrained_cfg(architecture)
+def licence(backbone: str, source: str) -> str:
+    """Licence of the backbone's weights, as far as it is known; those of one architecture differ."""
+    if source in {"hub", "package"} and timm.is_model(backbone):
+        configured = timm.models.get_pretrained_cfg(backbone)
         found = getattr(configured, "license", None)
         if found:
             return str(found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from .bundle import Bundle, BundleError
+from .bundle import Bundle
 from .detector import Detector
 from .engines import PACKAGES, Precision
 from .validate import table, validate
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
             print(detector.promise)
         count = Watch(detector, parsed.folder, parsed.out, settle=parsed.settle).run(once=parsed.once)
         print(f"{count} images judged; the record is {parsed.out / 'results.jsonl'}")
-    except (BundleError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:  # OpenVINO raises RuntimeError
         print(error, file=sys.stderr)
         sys.exit(2)
 

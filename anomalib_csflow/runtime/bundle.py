@@ -1,6 +1,7 @@
 """A bundle: a folder, or a zip of it, with a model for the line and everything needed to run and check it.
 
-``bundle.json`` lists every file with its SHA-256, and nothing is read whose hash differs. No file is a pickle.
+``bundle.json`` lists every file with its SHA-256, and has one of its own contents. Nothing is read whose hash differs.
+No file is a pickle.
 """
 
 import hashlib
@@ -9,6 +10,8 @@ import shutil
 import tempfile
 import weakref
 import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -21,10 +24,12 @@ from anomalib_csflow.calibration import Scale, p_values
 FORMAT = "anomalib-csflow-bundle"
 VERSION = 1
 MANIFEST = "bundle.json"
+DIGEST = "sha256"
+"""Key of the manifest: SHA-256 of all its other keys and values."""
 Format = Literal["openvino", "int8", "onnx"]
 """Models that a bundle may hold; ``int8`` is OpenVINO's in 8 bits."""
 FORMATS: tuple[Format, ...] = get_args(Format)
-REQUIRED = ("detector", "input", "calibration", "models", "reference", "tolerance", "files")
+REQUIRED = ("detector", "input", "calibration", "models", "reference", "tolerance", "files", DIGEST)
 
 
 class BundleError(ValueError):
@@ -140,7 +145,16 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     if missing:
         msg = f"{MANIFEST} of {path} has no {missing[0]!r}: make the bundle again"
         raise BundleError(msg)
+    if manifest[DIGEST] != digest(manifest):
+        msg = f"{MANIFEST} of {path} was changed or damaged: copy the bundle again, or make it again"
+        raise BundleError(msg)
     return manifest
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's keys and values, except that of the digest itself."""
+    others = {key: value for key, value in manifest.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _check_file(folder: Path, name: str, expected: str) -> None:
@@ -165,7 +179,9 @@ def _unpack(path: Path, folder: Path) -> None:
                 msg = f"{path} contains the file {outside[0]!r}, which is outside the bundle"
                 raise BundleError(msg)
             archive.extractall(folder)
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except BundleError:
+        raise
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:  # encrypted ones too
         msg = f"{path} is not a readable zip file ({error}): copy it again"
         raise BundleError(msg) from error
 

@@ -4,6 +4,8 @@ import math
 import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -109,8 +111,11 @@ def validate(bundle: Bundle, folder: str | Path | None = None, num_threads: int 
 
 def _in_process(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_run, (bundle, case, images, threads))
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_run, bundle, case, images, threads).result()
+        except BrokenProcessPool:
+            return Measured(case, error="its process was killed: is there enough memory?"), []
 
 
 def _run(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:
