@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from PIL import Image
 
 from .engine.whole_files import whole_file
 from .host_cli import anomalib
 from .runtime.bundle import sha256
+from .runtime.detector import SUFFIXES
 from .user_errors import sentence
 
 GOOD = ("train/good", "good", ".")
@@ -71,9 +71,8 @@ def good_images(part: Path) -> tuple[Path, list[Path]]:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    suffixes = Image.registered_extensions()
     for path, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(path) / name for name in names if Path(name).suffix.lower() in suffixes)
+        yield from (Path(path) / name for name in names if Path(name).suffix.lower() in SUFFIXES)
 
 
 def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> str:

@@ -427,7 +427,16 @@ def test_nothing_is_lost_and_nothing_twice_after_a_stop(
     assert sorted(str(line["image"]) for line in record(out)) == sorted(path.name for path in folder.iterdir())
 
 
+def promising(kind: str, made: Path, folder: Path) -> Path:
+    """A bundle whose good scores come from refits ("estimated"), or from held-out images ("marginal")."""
+    shutil.copytree(made, folder)
+    calibration = json.loads((folder / "bundle.json").read_text())["calibration"]
+    edit(calibration=calibration | {"promise": calibration["promise"] | {"kind": kind}})(folder)
+    return folder
+
+
 def test_watch_says_when_the_line_drifts(made: Path, tmp_path: Path) -> None:
+    made = promising("marginal", made, tmp_path / "held out")
     folder = tmp_path / "incoming"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -435,8 +444,138 @@ def test_watch_says_when_the_line_drifts(made: Path, tmp_path: Path) -> None:
         Image.fromarray(generator.integers(0, 255, (64, 96), dtype=np.uint8)).save(folder / f"{index}.png")
     said: list[str] = []
     watch = Watch(Detector(made), folder, tmp_path / "out", said.append, alarm_rate=0.2)
-    watch.run(once=True)
-    assert [line for line in said if line.startswith("DRIFT")] != []
+    assert watch.run(once=True) == 60
+    assert [line[:5] for line in said].count("DRIFT") == 1
+    again: list[str] = []
+    assert Watch(Detector(made), folder, tmp_path / "out", again.append, alarm_rate=0.2).run(once=True) == 0
+    assert [line[:5] for line in again] == ["going", "DRIFT"]  # the line has not been mended by the restart
+    other = tmp_path / "calibrated again"
+    shutil.copytree(made, other)
+    edit(tolerance=2e-3)(other)
+    again.clear()
+    assert Watch(Detector(other), folder, tmp_path / "out", again.append, alarm_rate=0.2).run(once=True) == 0
+    assert [line[:5] for line in again] == ["going"]  # other scores
+
+
+@pytest.mark.parametrize("kind", ["marginal", "estimated"])
+def test_an_unchanged_line_does_not_drift(kind: str, made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, good = tmp_path / "incoming", sorted((image_folder / "test/good").iterdir())
+    folder.mkdir()
+    for index in range(60):
+        shutil.copy(good[index % len(good)], folder / f"{index}.png")
+    said: list[str] = []
+    detector = Detector(promising(kind, made, tmp_path / "part"))
+    assert Watch(detector, folder, tmp_path / "out", said.append, alarm_rate=0.01).run(once=True) == 60
+    assert [line for line in said if line.startswith("DRIFT")] == []
+
+
+def test_with_good_scores_of_refits_the_line_itself_is_what_drift_is_measured_from(
+    made: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    folder, good = tmp_path / "incoming", sorted((image_folder / "test/good").iterdir())
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(240):
+        path = folder / f"{index}.png"
+        if index < 120:
+            shutil.copy(good[index % len(good)], path)
+        else:
+            Image.fromarray(generator.integers(0, 255, (64, 96), dtype=np.uint8)).save(path)
+        os.utime(path, (index, index))
+    said: list[str] = []
+    detector = Detector(promising("estimated", made, tmp_path / "part"))
+    Watch(detector, folder, tmp_path / "out", said.append).run(once=True)
+    (line,) = [line for line in said if line.startswith("DRIFT")]
+    assert 110 < int(line.split("image ")[1].split()[0]) < 130
+
+
+def test_another_image_under_the_same_name_is_judged_too(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    folder.mkdir()
+    first, second = sorted((image_folder / "test/blob").iterdir())[:2]
+    for image, count in ((first, 1), (first, 0), (second, 1)):
+        if count:
+            shutil.copy(image, folder / "current.png")
+        assert Watch(Detector(made), folder, out, lambda _: None).run(once=True) == count
+    scores = {line["score"] for line in record(out)}
+    assert len(scores) == 2
+    assert {path.name for path in (out / "rejected").iterdir()} == {"current.png.png", "current.png_2.png"}
+
+
+def test_two_watches_do_not_share_a_record(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    detector = Detector(made)
+    tried: list[str] = []
+
+    def try_another(_: str) -> None:
+        with pytest.raises(OSError, match=r"another watch writes into .*: stop it, or choose another --out"):
+            Watch(detector, image_folder / "test", tmp_path, print).run(once=True)
+        tried.append("")
+
+    assert Watch(detector, image_folder / "test", tmp_path, try_another).run(once=True) == len(tried) == 8
+    assert Watch(detector, image_folder / "test", tmp_path, print).run(once=True) == 0
+
+
+def test_a_damaged_record_is_named(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    Watch(Detector(made), image_folder / "test", tmp_path, print).run(once=True)
+    lines = (tmp_path / "results.jsonl").read_bytes().splitlines(keepends=True)
+    for bad in (b"{\n", b"[]\n", b'{"image": 3}\n', b"\xff\n"):
+        (tmp_path / "results.jsonl").write_bytes(b"".join([*lines[:2], bad, *lines[3:]]))
+        with pytest.raises(ValueError, match=r"line 3 of .*results\.jsonl is damaged: delete it"):
+            Watch(Detector(made), image_folder / "test", tmp_path, print).run(once=True)
+    (tmp_path / "results.jsonl").write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    assert Watch(Detector(made), image_folder / "test", tmp_path, print).run(once=True) == 1
+
+
+def test_a_record_that_cannot_be_written(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").mkdir()
+    arguments = ["watch", str(made), "--folder", str(image_folder / "test"), "--out", str(tmp_path), "--once"]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    with pytest.raises(OSError, match=r"the record in .* cannot be written .*: make room or give access"):
+        Watch(Detector(made), image_folder / "test", tmp_path / "other", _block(tmp_path / "other")).run(once=True)
+
+
+def _block(out: Path) -> Callable[[str], None]:
+    """Make the record unwritable after the first image."""
+
+    def report(_: str) -> None:
+        (out / "results.csv").unlink()
+        (out / "results.csv").mkdir()
+
+    return report
+
+
+def test_an_image_that_is_moved_away_after_its_verdict(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    shutil.copytree(image_folder / "test", folder)
+    detector = Detector(made)
+
+    class Moving(Detector):
+        def __init__(self) -> None:
+            self.__dict__ = detector.__dict__
+
+        def __call__(self, image: object) -> object:
+            found = detector(image)  # type: ignore[arg-type]
+            Path(str(image)).unlink()
+            return found
+
+    said: list[str] = []
+    assert Watch(Moving(), folder, out, said.append).run(once=True) == 8
+    assert any("it is rejected, but there is no picture of it" in line for line in said)
+    assert len(record(out)) == 8
+    assert list((out / "rejected").iterdir()) == []
+
+
+def test_an_empty_file_is_reported_and_a_pdf_is_no_image(made: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    folder.mkdir()
+    (folder / "empty.png").touch()
+    (folder / "report.pdf").write_bytes(b"%PDF")
+    said: list[str] = []
+    assert Watch(Detector(made), folder, out, said.append).run(once=True) == 1
+    assert ["error" in line for line in record(out)] == [True]
+    assert "empty.png" in said[0]
 
 
 def test_the_model_says_what_it_is_to_openvino_model_api(made: Path) -> None:
@@ -568,7 +707,7 @@ def test_a_file_that_is_still_being_written_waits(made: Path, image_folder: Path
     os.utime(path, (0, 0))
     assert watch._arrived(0.05) == []
     time.sleep(0.06)
-    assert watch._arrived(0.05) == [path]
+    assert [one for one, _ in watch._arrived(0.05)] == [path]
 
 
 # -- 8 bits -----------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from .bundle import Bundle, BundleError
 from .engines import Outputs, Precision, Runtime, open_engine
 
 AnyImage = str | Path | Image.Image | NDArray[np.uint8]
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Of image files: those that anomalib reads."""
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 """Pillow's modes of more than 8 bits, which ``convert`` and anomalib's reader clip at 255."""
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .bundle import Bundle, BundleError
-from .detector import Detector
+from .detector import SUFFIXES, Detector
 from .engines import Precision, Runtime, installed
 
 WARM_UP = 3
@@ -180,8 +179,7 @@ def find_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         msg = f"there is no folder {folder}"
         raise FileNotFoundError(msg)
-    suffixes = Image.registered_extensions()
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         msg = f"there is no image in {folder}"
         raise FileNotFoundError(msg)
