@@ -1,9 +1,12 @@
 """anomalib's own command line, with this package's detectors in it."""
 
 import logging
+import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -24,11 +27,11 @@ def anomalib(arguments: Sequence[str]) -> Any:
     from lightning.pytorch.utilities import rank_zero_only
 
     class CLI(AnomalibCLI):
-        """anomalib's own, mended in three ways.
+        """anomalib's own, mended in four ways.
 
         Its parser raises an error for what it refuses. It sets the seed of ``seed_everything``, which anomalib reads
         but does not use. And only the first process of a fit makes a version folder: ``latest`` would otherwise lead
-        to the empty folder of another process.
+        to the empty folder of another process. After a fit without a checkpoint, ``latest`` is what it was.
         """
 
         @staticmethod
@@ -47,9 +50,31 @@ def anomalib(arguments: Sequence[str]) -> Any:
             if isinstance(seed, int) and not isinstance(seed, bool):  # True asks for a random seed
                 seed_everything(seed, workers=True)
 
+        def _run_subcommand(self) -> None:
+            try:
+                super()._run_subcommand()
+            except BaseException:
+                if self.subcommand in {"fit", "train"}:
+                    forget(Path(self.engine._cache.args["default_root_dir"]))
+                raise
+
     configure_logger()
     silence_logs()
     return CLI(arguments)
+
+
+def forget(version: Path) -> None:
+    """If a version folder has no checkpoint, lead ``latest`` to the one before; remove the folder if it has no file."""
+    if not re.fullmatch(r"v\d+", version.name) or any(version.rglob("*.ckpt")):
+        return
+    others = [path for path in version.parent.glob("v*") if re.fullmatch(r"v\d+", path.name) and path != version]
+    latest = version.with_name("latest")
+    if latest.is_symlink() and latest.resolve() == version.resolve():
+        latest.unlink()
+        if others:
+            latest.symlink_to(max(others, key=lambda path: int(path.name[1:])), target_is_directory=True)
+    if not any(path.is_file() for path in version.rglob("*")):
+        shutil.rmtree(version, ignore_errors=True)
 
 
 def silence_warnings() -> None:

@@ -14,6 +14,8 @@ CHECKING = ("anomalib_csflow", "anomalib", "jsonargparse")
 NOISE = re.compile(
     r"(Given value|Subtypes:|Does not validate|Errors:$|Parser key|Problem with|Expected a <class 'None)"
 )
+HINTS = {"contains non-printable characters": "anomalib takes only ASCII characters in paths, no ü or é: rename it"}
+"""What to do about other packages' errors that do not say it."""
 
 
 def sentence(error: BaseException) -> str | None:
@@ -49,7 +51,8 @@ def _own_line(text: str) -> str:
     """An error's own words, without the traceback that a loader's worker puts before them."""
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.removeprefix("None: ").split())
+    text = " ".join(text.removeprefix("None: ").split())
+    return " ".join([text, *(f"({hint})" for said, hint in HINTS.items() if said in text)])
 
 
 def _of_parser(text: str) -> str:

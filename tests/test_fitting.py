@@ -326,3 +326,16 @@ def test_refits_take_as_many_steps_as_the_trainer_allowed(
     engine = Engine(accelerator="cpu", default_root_dir=tmp_path, max_epochs=9, max_steps=7)
     engine.fit(detector, datamodule=folder(image_folder))
     assert [trainer.global_step for trainer in refits] == [7, 7]
+
+
+@pytest.mark.parametrize(("rate", "is_said"), [(0.01, True), (0.5, False)])
+def test_a_prediction_says_that_thresholds_promise_less_than_was_asked(
+    rate: float, is_said: bool, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = CSFlow(**OVER_LAYERS, max_steps=2, post_processor=ConformalPostProcessor(rate, num_folds=0))
+    engine, _ = fit(detector, folder(image_folder), tmp_path)
+    caplog.clear()
+    engine.predict(detector, data_path=image_folder / "test/good", return_predictions=False)
+    assert (
+        "A false-alarm rate of 1 % needs 199 good images to calibrate on, and there are 3" in caplog.text
+    ) == is_said

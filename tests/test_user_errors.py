@@ -1,6 +1,7 @@
 """Errors of a user end a command with one sentence; a program's own faults keep their traceback."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def test_parser_errors_are_one_line_and_end_with_2(
         (["--model.init_args.layers", "[blocks.9]"], "the backbone has no layer 'blocks.9'; near names are"),
         (["--model.init_args.kernel_sizes", "[3,3]"], "give one of kernel_sizes for each of num_blocks: got 1"),
         (["--data.normal_dir", "nowhere"], "Path does not exist"),
+        (["--data.root", "größe"], "größe/train/good (anomalib takes only ASCII characters in paths"),
         (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["-c", "none.yaml"], "config: File does not exist"),
     ],
@@ -54,11 +56,14 @@ def test_errors_of_a_fit_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(image_folder / "train/good", tmp_path / "größe/train/good")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(SystemExit) as stopped:
         fit(image_folder, *options)
     code = stopped.value.code
+    assert not list(tmp_path.rglob("latest"))
+    assert not list(tmp_path.rglob("v0"))
     line = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
     assert said in line
     assert "\n" not in line
@@ -103,3 +108,22 @@ def test_an_error_of_a_loaders_worker_is_said_without_its_traceback() -> None:
 def test_a_parser_of_anomalib_raises_instead_of_exiting() -> None:
     with pytest.raises(argparse.ArgumentError):
         host_cli.anomalib(["fit", "--model", "NoSuchDetector"])
+
+
+def test_a_refused_fit_leaves_latest_as_it_was(image_folder: Path, tmp_path: Path) -> None:
+    """Its empty version folder goes; one with a checkpoint, or with other files, stays."""
+    for name in ("v0", "v1", "v9", "v10"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "v9" / "model.ckpt").touch()
+    (tmp_path / "v10" / "log.txt").touch()
+    latest = tmp_path / "latest"
+    latest.symlink_to(tmp_path / "v10")
+    host_cli.forget(tmp_path / "v10")
+    assert latest.resolve() == tmp_path / "v9"
+    host_cli.forget(tmp_path / "v9")
+    assert latest.resolve() == tmp_path / "v9"
+    host_cli.forget(tmp_path / "v1")
+    assert latest.resolve() == tmp_path / "v9"
+    assert {path.name for path in tmp_path.iterdir()} == {"v0", "v9", "v10", "latest"}
+    host_cli.forget(tmp_path)
+    assert tmp_path.is_dir()

@@ -129,6 +129,14 @@ class FitCalibration(PostProcessor):
         elif self.threshold == "conformal":
             self._warn()
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the thresholds promise, if it is less than was asked: the refits may have been interrupted."""
+        del trainer, pl_module
+        if self.threshold == "conformal" and self.made is not None and not self.made.is_as_asked:
+            rank_zero_info(str(self.made))
+
+    on_test_start = on_predict_start
+
     def _warn(self) -> None:
         if not self._has_warned and not torch.compiler.is_compiling():
             self._has_warned = True
