@@ -124,11 +124,17 @@ def test_each_image_is_computed_once(image_folder: Path, tmp_path: Path, monkeyp
     assert sum(computed) == 12
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_epochs": 1}])
 @pytest.mark.parametrize(("at_most", "expected"), [(4, 3), (5, 5), (100, 9)])  # of nine
 def test_the_scale_of_levels_comes_from_images_evenly_spread(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: int, expected: int
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    length: dict[str, int],
+    at_most: int,
+    expected: int,
 ) -> None:
-    detector = CSFlow(**OVER_LAYERS, max_steps=3, post_processor=False)
+    detector = CSFlow(**OVER_LAYERS, **length, post_processor=False)
     monkeypatch.setattr("anomalib_csflow.detectors.cs_flow.detector.SCALE_IMAGES", at_most)
     measured = []
     mean_squares = scoring.mean_squares

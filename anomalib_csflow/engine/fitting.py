@@ -123,16 +123,17 @@ class FlowFitting(LightningModule):
         """Features of the training images, each once; of this process's share if there are several processes.
 
         Args:
-            at_most: of a fit by ``max_steps``, take only so many images or fewer, evenly spread.
+            at_most: take only so many images or fewer, evenly spread.
         """
         loader: Any = self.trainer.train_dataloader
-        data = getattr(loader, "dataset", None)
-        if isinstance(data, RepeatedSet):
-            step = math.ceil(len(data.dataset) / at_most) if at_most else 1
-            images = Subset(data.dataset, range(0, len(data.dataset), step))
+        given = getattr(loader, "dataset", None)
+        data: Any = given.dataset if isinstance(given, RepeatedSet) else given
+        if data is not given or (at_most and isinstance(data, (AnomalibDataset, CachedSet)) and len(data) > at_most):
+            step = math.ceil(len(data) / at_most) if at_most else 1
+            images = Subset(data, range(0, len(data), step))
             share: Any = DistributedSampler(images, shuffle=False) if self.gather else None
             options = {"batch_size": loader.batch_size, "num_workers": loader.num_workers}
-            loader = DataLoader(images, sampler=share, collate_fn=data.dataset.collate_fn, **options)
+            loader = DataLoader(images, sampler=share, collate_fn=loader.collate_fn, **options)
         for index, raw in enumerate(loader or ()):
             batch = self.trainer.strategy.batch_to_device(raw)
             if self.pre_processor:
