@@ -87,7 +87,7 @@ def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]
     is_folder = given.get("class_path", "").endswith(".Folder")
     kept = {name: value for name, value in old.items() if is_folder or name in SIZES}
     kept = {name: value for name, value in kept.items() if not name.endswith("_dir")}
-    data = {"name": fit.part, "root": str(folder.absolute()), "normal_dir": "."}
+    data = {"name": fit.part, "root": str(folder.absolute()), "normal_dir": ".", "seed": fit.seed}
     own = recipe | {
         "seed_everything": fit.seed,
         "data": {"class_path": "anomalib.data.Folder", "init_args": kept | data},

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from conftest import SMALL, folder_arguments
@@ -55,3 +56,19 @@ def test_test_and_predict_say_what_was_seen(
         TRAINED: 9,
         VALIDATED: 12,
     }
+
+
+@pytest.mark.parametrize(("seed", "has_seen"), [(0, False), (None, True)])
+def test_with_a_seed_a_test_meets_no_image_that_was_trained_on(
+    seed: int | None, has_seen: bool, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in two commands: random numbers have gone on between them."""
+    caplog.set_level(logging.INFO)
+    data = {"name": "good", "root": image_folder, "normal_dir": "train/good", "num_workers": 0, "seed": seed}
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    engine.fit(CSFlow(**SIZED), datamodule=Folder(**data))
+    torch.manual_seed(7)
+    caplog.clear()
+    again = Engine(default_root_dir=tmp_path / "again", logger=False, accelerator="cpu")
+    again.test(CSFlow(**SIZED), ckpt_path=engine.best_model_path, datamodule=Folder(**data), verbose=False)
+    assert any("were trained on" in message or "was trained on" in message for message in caplog.messages) == has_seen
