@@ -95,6 +95,7 @@ FLAGS = (
 )
 WRONG |= {name: [0, -1, 1.5, None] for name in COUNTED} | {name: ["no", 1, None] for name in FLAGS}
 WRONG |= {name: [0, -1, 1.5, "2"] for name in ("max_epochs", "max_steps", "crop_size")} | {"num_hidden": [-1, 0.5]}
+WRONG |= {"min_epochs": [0, -1, 1.5, "2", 3]}  # which needs max_steps
 
 
 def parameters(cls: type[FlowDetector]) -> dict[str, inspect.Parameter]:
@@ -187,8 +188,7 @@ def test_another_training_is_not_refused(saved: tuple[type[FlowDetector], Path])
     assert loaded.training_options.lr == 1.0
 
 
-def test_a_checkpoint_of_before_outputs_were_compared_loads(tmp_path: Path) -> None:
-    """It names only what its tensors depend on, and has None for kernel sizes that were not given."""
+def test_a_checkpoint_of_before_an_argument_was_added_has_its_default(tmp_path: Path) -> None:
     detector = CSFlow(**SMALL, image_size=64)
     checkpoint = {
         "state_dict": detector.state_dict(),
@@ -196,12 +196,14 @@ def test_a_checkpoint_of_before_outputs_were_compared_loads(tmp_path: Path) -> N
         "pytorch-lightning_version": "2.6.0",
     }
     detector.on_save_checkpoint(checkpoint)
-    del checkpoint[CHECKPOINT_KEY]["arguments"]
-    checkpoint[CHECKPOINT_KEY]["structure"] = {"layer": "blocks.4", "kernel_sizes": None, "hidden_channels": 16}
+    for name in ("conditioner_clamp", "region", "image_score"):
+        del checkpoint[CHECKPOINT_KEY]["arguments"][name]
     torch.save(checkpoint, tmp_path / "model.ckpt")
     CSFlow.load_from_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="trained with hidden_channels=16, this detector has 8"):
         CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", hidden_channels=8)
+    with pytest.raises(CheckpointError, match="trained with image_score='energy', this detector has 'map'"):
+        CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", image_score="map")
     with pytest.raises(CheckpointError, match="trained with conditioner_clamp=None, this detector has 2"):
         CSFlow.load_from_checkpoint(tmp_path / "model.ckpt", conditioner_clamp=2.0)
     Image.new("L", (8, 8), "white").save(tmp_path / "region.png")

@@ -22,9 +22,10 @@ GUARDED = {
     "benchmark/run/timing.py": {"resource"},
     "jobs.py": {"os.kill"},
     "features/store.py": {"os.getuid"},
+    "runtime/watch.py": {"fcntl"},
     "features/trust.py": {"os.getuid"},
 }
-"""What is used where ``os.name`` is looked at before."""
+"""What is used where ``os.name`` or ``sys.platform`` is looked at before."""
 
 
 def of_posix(path: Path) -> set[str]:

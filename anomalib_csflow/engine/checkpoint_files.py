@@ -79,7 +79,7 @@ def _problems(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator
         Version(checkpoint["pytorch-lightning_version"])
     except InvalidVersion:
         yield "whose pytorch-lightning_version is none"
-    arguments = own.get("arguments", own.get("structure"))
+    arguments = own.get("arguments")
     if not isinstance(own.get("backbone"), str) or not isinstance(arguments, Mapping) or not arguments:
         yield "which does not say what it was trained with"
     for name, tensor in checkpoint["state_dict"].items():

@@ -1,5 +1,6 @@
 """Checkpoints without the frozen backbone, which name their detector, so that a wrong one is refused early."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,14 +180,9 @@ class LeanCheckpoints(LightningModule):
     def _check_arguments(self, written: dict[str, Any]) -> None:
         """Raise CheckpointError if the checkpoint's detector would give other scores or maps."""
         # not the checkpoint's hyperparameters: Lightning has already replaced them with the caller's arguments
-        theirs = written.get("arguments") or {
-            name: _plain(value)
-            for name, value in written.get(
-                "structure", {}
-            ).items()  # in older checkpoints, where None stood for a default
-            if value is not None
-        }
-        theirs = {"region": None, "conditioner_clamp": None} | theirs  # which older checkpoints did not have
+        given = inspect.signature(type(self)).parameters.values()
+        defaults = {one.name: _plain(one.default) for one in given if one.default is not one.empty}
+        theirs = defaults | written["arguments"]  # older ones lack new arguments
         for name, ours in self.output_values.items():
             if name in theirs and theirs[name] != ours:
                 msg = (

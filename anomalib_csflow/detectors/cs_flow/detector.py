@@ -207,8 +207,6 @@ class CSFlow(FlowDetector):
             num_blocks, and a step takes about a third longer.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
         max_steps: number of batches to train for, as one epoch, whatever the number of images.
-        min_epochs: with ``max_steps``: train for more batches if the images are so many that each would be seen less
-            often than this. A fit still draws no more images than the batches of ``max_steps`` hold.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
         keep_aspect: True: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from
@@ -236,6 +234,8 @@ class CSFlow(FlowDetector):
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         optimizer: ``adam`` (the paper's) or ``muon``, which needs about half the steps, see
             :data:`anomalib_csflow.engine.optimization.OptimizerName`.
+        min_epochs: with ``max_steps``: train for more batches if the images are so many that each would be seen less
+            often than this. A fit still draws no more images than the batches of ``max_steps`` hold.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
