@@ -261,6 +261,10 @@ def test_other_bad_input(made: Path, tmp_path: Path) -> None:
             detector(tmp_path / name)
     with pytest.raises(ImageError, match=r"\(H, W, 3\) of uint8"):
         detector(np.zeros((9, 9, 3), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"not empty, got \(0, 4, 3\)"):
+        read(np.zeros((0, 4, 3), np.uint8))
+    with pytest.raises(ImageError, match="an image is a file, a PIL image or an array, got NoneType"):
+        read(None)  # type: ignore[arg-type]
 
 
 def test_a_bundle_is_not_written_over(checkpoint: Path, made: Path, tmp_path: Path) -> None:

@@ -148,8 +148,9 @@ def read(image: AnyImage) -> NDArray[np.uint8]:
         ImageError: if it cannot be read, or has more bits.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3):
-            msg = f"an array must be (H, W) or (H, W, 3) of uint8, got {image.shape} of {image.dtype}"
+        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not is_image or not image.size:
+            msg = f"an array must be (H, W) or (H, W, 3) of uint8, and not empty, got {image.shape} of {image.dtype}"
             raise ImageError(msg)
         array = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
     else:
@@ -158,6 +159,9 @@ def read(image: AnyImage) -> NDArray[np.uint8]:
 
 
 def _opened(image: str | Path | Image.Image) -> Image.Image:
+    if not isinstance(image, (str, Path, Image.Image)):
+        msg = f"an image is a file, a PIL image or an array, got {type(image).__name__}"
+        raise ImageError(msg)
     name = "the image" if isinstance(image, Image.Image) else f"the image {image}"
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
