@@ -95,7 +95,6 @@ FLAGS = (
 )
 WRONG |= {name: [0, -1, 1.5, None] for name in COUNTED} | {name: ["no", 1, None] for name in FLAGS}
 WRONG |= {name: [0, -1, 1.5, "2"] for name in ("max_epochs", "max_steps", "crop_size")} | {"num_hidden": [-1, 0.5]}
-WRONG |= {"min_epochs": [0, -1, 1.5, "2", 3]}  # which needs max_steps
 
 
 def parameters(cls: type[FlowDetector]) -> dict[str, inspect.Parameter]:

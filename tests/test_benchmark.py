@@ -422,7 +422,7 @@ def test_recipes_of_the_default_configuration() -> None:
     assert packages == {"anomalib_csflow"}
     assert len({d.name for d in found}) == len(found)
     cs_flow = next(d for d in found if d.class_path == "anomalib_csflow.CSFlow")
-    assert (cs_flow.epochs, cs_flow.init_args["max_steps"]) == (1, 240)
+    assert (cs_flow.epochs, cs_flow.init_args["max_steps"]) == (1, "auto")
     shared = {key: cs_flow.init_args[key] for key in plan.SHARED}
     assert shared == entries["shared"] | {"image_size": 320}  # its own, which the rivals do not get
 

@@ -13,7 +13,7 @@ from conftest import FAST_FLOW
 from lightning.pytorch import Callback, Trainer
 
 from anomalib_csflow import CSFlow, FastFlow, FeatureCache, scoring
-from anomalib_csflow.engine import folds, images, roles, step_images
+from anomalib_csflow.engine import folds, images, optimization, roles, step_images
 from anomalib_csflow.engine.optimization import TrainingOptions
 from anomalib_csflow.engine.post_processing import ConformalPostProcessor
 from anomalib_csflow.engine.providers import RepeatedSet
@@ -83,22 +83,21 @@ def test_as_many_steps_as_are_asked_and_a_checkpoint(image_folder: Path, tmp_pat
     assert loaded.model.test_scale.is_fitted
 
 
-@pytest.mark.parametrize(("min_epochs", "expected"), [(None, 2), (1, 3), (3, 7)])  # nine images in batches of four
-def test_many_images_get_more_steps(image_folder: Path, tmp_path: Path, min_epochs: int | None, expected: int) -> None:
-    detector = CSFlow(**OVER_LAYERS, max_steps=3 if min_epochs else 2, min_epochs=min_epochs, post_processor=False)
+@pytest.mark.parametrize(("least", "views", "expected"), [(2, 1, 2), (3, 3, 7), (5, 1, 5)])  # nine images, by four
+def test_auto_takes_more_steps_for_many_images(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, views: int, expected: int
+) -> None:
+    monkeypatch.setattr(optimization, "LEAST_STEPS", least)
+    monkeypatch.setattr(optimization, "LEAST_VIEWS", views)
+    detector = CSFlow(**OVER_LAYERS, max_steps="auto", post_processor=False)
     _, steps = fit(detector, folder(image_folder), tmp_path)
     assert steps.steps == expected
 
 
-def test_min_epochs_draw_no_more_images_than_the_steps_hold(image_folder: Path, tmp_path: Path) -> None:
-    detector = CSFlow(**OVER_LAYERS, max_steps=2, min_epochs=4, post_processor=False)
-    _, steps = fit(detector, folder(image_folder, train_batch_size=2), tmp_path)
-    assert steps.steps == 8  # four times four images
-
-
-def test_min_epochs_need_max_steps() -> None:
-    with pytest.raises(ValueError, match="min_epochs adds to max_steps: set max_steps too"):
-        CSFlow(**OVER_LAYERS, min_epochs=4)
+def test_auto_is_240_or_one_step_for_each_of_up_to_1920_images() -> None:
+    options = TrainingOptions(1e-3, "constant", max_steps="auto")
+    assert options.steps_to_draw_for * 8 == 1920
+    assert [options.steps_for(count, 8) for count in (20, 240, 761, 1920)] == [240, 240, 761, 1920]
 
 
 @pytest.mark.parametrize("max_steps", [3, 100])
@@ -212,7 +211,7 @@ def test_noise_is_in_standard_deviations(image_folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
+        ({"max_steps": 0}, "max_steps must be 1 or more, or 'auto', got 0"),
         ({"noise": -1.0}, "noise must be 'auto' or a standard deviation of 0 or more, got -1.0"),
         ({"noise": float("nan")}, "noise must be 'auto' or a standard deviation"),
         ({"standardize": False, "whiten": False}, "only a detector with standardize=True measures"),
@@ -303,8 +302,12 @@ def test_refits_take_all_steps_of_a_resumed_fit(image_folder: Path, tmp_path: Pa
     assert (steps.steps, [trainer.global_step for trainer in refits]) == (2, [6, 6])
 
 
-def test_refits_see_as_many_steps_as_min_epochs_gave(image_folder: Path, tmp_path: Path, refits: list[Trainer]) -> None:
-    detector = CSFlow(**OVER_LAYERS, post_processor=processor(), max_steps=3, min_epochs=3)
+def test_refits_take_as_many_steps_as_auto_gave(
+    image_folder: Path, tmp_path: Path, refits: list[Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimization, "LEAST_STEPS", 3)
+    monkeypatch.setattr(optimization, "LEAST_VIEWS", 3)
+    detector = CSFlow(**OVER_LAYERS, post_processor=processor(), max_steps="auto")
     fit(detector, folder(image_folder), tmp_path)
     assert [trainer.global_step for trainer in refits] == [7, 7]
 

@@ -30,7 +30,7 @@ from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, Steps, TrainingOptions
 from anomalib_csflow.features import FrozenLayers, LayerPyramid
 from anomalib_csflow.flows import (
     ChannelStandardization,
@@ -146,7 +146,8 @@ class MSFlow(FlowDetector):
         gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
-        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images; or ``auto``, see
+            :data:`anomalib_csflow.engine.optimization.Steps`.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
@@ -187,7 +188,7 @@ class MSFlow(FlowDetector):
         gradient_clip_norm: float | None = 2.0,
         schedule: Schedule = "warmup_steps",
         max_epochs: int | None = None,
-        max_steps: int | None = None,
+        max_steps: Steps | None = None,
         noise: Noise = 0.0,
         region: str | None = None,
         pre_processor: PreProcessor | bool = True,

@@ -18,8 +18,6 @@ COUNTS = {
     "num_test_rotations": 1,
     "fibers_per_step": 1,
     "max_epochs": 1,
-    "max_steps": 1,
-    "min_epochs": 1,
     "crop_size": 1,
 }
 """Whole numbers, and the least of each."""
@@ -30,7 +28,7 @@ FLAGS = (
 )
 OPTIONAL = (
     *("kernel_sizes", "coarse_kernel_size", "output_kernel_size", "conditioner_clamp"),
-    *("gradient_clip_norm", "max_epochs", "max_steps", "min_epochs", "crop_size", "region"),
+    *("gradient_clip_norm", "max_epochs", "max_steps", "crop_size", "region"),
 )
 """May be None too."""
 
@@ -60,6 +58,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(("lr", "eps", "weight_decay"), ("a number of 0 or more", _is_number)),
     **dict.fromkeys(FLAGS, ("True or False", lambda x: isinstance(x, bool))),
+    "max_steps": ("1 or more, or 'auto'", lambda x: _is_whole(x) or x == "auto"),
     "keep_aspect": ("True, False or 'auto'", lambda x: isinstance(x, bool) or x == "auto"),
     **dict.fromkeys(("backbone", "layer"), ("a name", lambda x: isinstance(x, str))),
     "layers": ("a list of names", lambda x: _each(x, lambda one: isinstance(one, str), range(1000))),

@@ -56,7 +56,7 @@ class FlowFitting(LightningModule):
     # -- steps ------------------------------------------------------------------------------------
 
     def repeat_training_set(self) -> None:
-        """Make an epoch of ``max_steps`` batches, if the option is set, or more for ``min_epochs``."""
+        """Make an epoch of ``max_steps`` batches, if the option is set."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         options = self.training_options
         if options.max_steps and datamodule is not None:

@@ -132,8 +132,7 @@ def _length(detector: "FlowDetector") -> tuple[dict[str, Any], int | None]:
     own, options = detector.trainer, detector.training_options
     if options.max_steps and not options.max_epochs:
         batches = own.fit_loop.epoch_loop.batch_progress.total.ready
-        rest = {"min_epochs": None} if options.min_epochs else {}
-        return {"max_steps": max(batches // own.accumulate_grad_batches, 1)} | rest, 1
+        return {"max_steps": max(batches // own.accumulate_grad_batches, 1)}, 1
     if 0 <= own.max_steps <= own.global_step:  # an epoch of a fold has fewer steps
         return {}, own.max_epochs
     return {}, max(own.fit_loop.epoch_progress.current.completed, 1)

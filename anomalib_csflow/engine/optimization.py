@@ -40,6 +40,13 @@ It keeps a flow from learning a few images by heart. The learned density, whose 
 noisy features. ``auto`` is ``(20 / n)^a`` for n training images, but at most 1, where a is 1/2 for ``CSFlow`` and 2/3
 for the other detectors.
 """
+Steps = int | Literal["auto"]
+"""Number of batches to train for, whatever the number of images.
+
+``auto`` is 240, or more if the images are so many that each would be seen less than 8 times. No more images are drawn
+than 240 batches hold, so with batches of 8, there is one step for each image from 240 to 1,920.
+"""
+LEAST_STEPS, LEAST_VIEWS = 240, 8
 OPTIMIZER_KEY = "anomalib_csflow_optimizer"
 """Of a checkpoint: name of the optimizer whose state it holds; earlier ones have none, and Adam's."""
 WARMUP_START = 0.1
@@ -62,12 +69,11 @@ class TrainingOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     bfloat16: bool = False
-    max_steps: int | None = None
+    max_steps: Steps | None = None
     noise: Noise = 0.0
     crop_size: int | None = None
     optimizer: OptimizerName = "adam"
     noise_exponent: float = 2 / 3
-    min_epochs: int | None = None
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))
@@ -80,18 +86,22 @@ class TrainingOptions:
         if self.noise != "auto" and not (isinstance(self.noise, (int, float)) and 0 <= self.noise < math.inf):
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
             raise ValueError(msg)
-        if self.min_epochs and not self.max_steps:
-            msg = "min_epochs adds to max_steps: set max_steps too, or max_epochs instead"
-            raise ValueError(msg)
 
     def steps_for(self, num_images: int, step_size: int) -> int:
-        """Number of steps of a fit by ``max_steps``: more if ``min_epochs`` of the training images take more.
+        """Number of steps of a fit by ``max_steps``.
 
         Args:
             num_images: to train on.
             step_size: number of samples in a step, of all processes together.
         """
-        return max(self.max_steps or 0, math.ceil((self.min_epochs or 0) * num_images / step_size))
+        if self.max_steps != "auto":
+            return self.max_steps or 0
+        return max(LEAST_STEPS, math.ceil(LEAST_VIEWS * num_images / step_size))
+
+    @property
+    def steps_to_draw_for(self) -> int:
+        """Number of steps whose batches should hold all images that are drawn to train on; 0 for all images."""
+        return LEAST_STEPS if self.max_steps == "auto" else self.max_steps or 0
 
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""

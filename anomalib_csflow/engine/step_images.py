@@ -32,14 +32,14 @@ class StepImages(Callback):
             return
         self._whole = {name: data for name in NAMES if (data := getattr(datamodule, name, None)) is not None}
         detector: Any = pl_module
-        steps = detector.training_options.max_steps
+        steps = detector.training_options.steps_to_draw_for
         if not steps:
             return
         most = {"train_data": batches(trainer, steps) * datamodule.train_batch_size, "val_data": MOST_VALIDATED}
         for name, data in self._whole.items():
             if isinstance(data, AnomalibDataset) and len(data) > most[name]:
                 what = f"Of {len(data)} images to {NAMES[name]} on, {most[name]} are drawn"
-                rank_zero_info(f"{what}: a fit of {steps} steps needs no more.")
+                rank_zero_info(f"{what}: the batches of {steps} steps hold no more.")
                 setattr(datamodule, name, data.subsample(drawn([*map(str, data.samples.image_path)], most[name])))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -28,7 +28,7 @@ from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions, KeepAspect
 from anomalib_csflow.engine.levels import LevelScale
 from anomalib_csflow.engine.model import FlowModel
-from anomalib_csflow.engine.optimization import Noise, OptimizerName, Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, OptimizerName, Schedule, Steps, TrainingOptions
 from anomalib_csflow.features import CrossScalePyramid, FeaturePyramid, FrozenBackbone, FrozenLayers, ImagePyramid
 from anomalib_csflow.flows import (
     ChannelStandardization,
@@ -206,7 +206,8 @@ class CSFlow(FlowDetector):
         recompute: recompute activations in the backward pass instead of keeping them: memory hardly grows with
             num_blocks, and a step takes about a third longer.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
-        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images; or ``auto``, see
+            :data:`anomalib_csflow.engine.optimization.Steps`.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
         keep_aspect: True: when a fit begins, take ``image_size`` (one number) as the shorter side, and the other from
@@ -234,8 +235,6 @@ class CSFlow(FlowDetector):
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
         optimizer: ``adam`` (the paper's) or ``muon``, which needs about half the steps, see
             :data:`anomalib_csflow.engine.optimization.OptimizerName`.
-        min_epochs: with ``max_steps``: train for more batches if the images are so many that each would be seen less
-            often than this. A fit still draws no more images than the batches of ``max_steps`` hold.
         pre_processor: True creates one from ``image_size`` and the backbone's own mean and standard deviation.
         post_processor: True creates one that sets thresholds from good images, see :doc:`/thresholds`.
         evaluator: True creates one with AUROC and F1 of images, and of pixels if there are maps.
@@ -286,7 +285,7 @@ class CSFlow(FlowDetector):
         bfloat16: bool = False,
         recompute: bool = False,
         max_epochs: int | None = None,
-        max_steps: int | None = None,
+        max_steps: Steps | None = None,
         noise: Noise = 0.0,
         layers: Sequence[str] = (),
         keep_aspect: KeepAspect = False,
@@ -299,7 +298,6 @@ class CSFlow(FlowDetector):
         conditioner_clamp: float | None = None,
         region: str | None = None,
         optimizer: OptimizerName = "adam",
-        min_epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -350,7 +348,6 @@ class CSFlow(FlowDetector):
             crop_size=crop_size,
             optimizer=optimizer,
             noise_exponent=NOISE_EXPONENT,
-            min_epochs=min_epochs,
         )
         super().__init__(build, images, training, pre_processor, post_processor, evaluator, visualizer)
         self.hparams["kernel_sizes"] = list(kernel_sizes)  # what None stood for

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from anomalib_csflow.engine.arguments import check_arguments
 from anomalib_csflow.engine.detector import FlowDetector
 from anomalib_csflow.engine.images import ImageOptions
-from anomalib_csflow.engine.optimization import Noise, Schedule, TrainingOptions
+from anomalib_csflow.engine.optimization import Noise, Schedule, Steps, TrainingOptions
 from anomalib_csflow.engine.providers import View
 from anomalib_csflow.features import FrozenBackbone, PooledPyramid
 from anomalib_csflow.features.weights import normalization
@@ -83,7 +83,8 @@ class DifferNet(FlowDetector):
         weight_decay: Adam's.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
-        max_steps: number of batches to train for, as one epoch, whatever the number of images.
+        max_steps: number of batches to train for, as one epoch, whatever the number of images; or ``auto``, see
+            :data:`anomalib_csflow.engine.optimization.Steps`.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is
             inspected. The rest of each image is painted over, in training too; checkpoints contain the mask.
@@ -135,7 +136,7 @@ class DifferNet(FlowDetector):
         weight_decay: float = 1e-5,
         schedule: Schedule = "constant",
         max_epochs: int | None = None,
-        max_steps: int | None = None,
+        max_steps: Steps | None = None,
         noise: Noise = 0.0,
         region: str | None = None,
         pre_processor: PreProcessor | bool = True,
