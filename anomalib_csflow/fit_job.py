@@ -130,6 +130,8 @@ def _fit(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         made = getattr(engine.model.post_processor, "made", None)
     except ArgumentError as error:
         return {"status": "refused", "reason": sentence(error)}
+    except SystemExit:
+        return {"status": "refused", "reason": "the options end anomalib's fit before it begins"}
     except Exception as error:  # whatever fails in this fit, the others go on
         traceback.print_exc()  # into the log
         reason = sentence(error) or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

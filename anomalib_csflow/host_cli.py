@@ -1,5 +1,6 @@
 """anomalib's own command line, with this package's detectors in it."""
 
+import contextlib
 import logging
 import re
 import shutil
@@ -55,7 +56,8 @@ def anomalib(arguments: Sequence[str]) -> Any:
                 super()._run_subcommand()
             except BaseException:
                 if self.subcommand in {"fit", "train"}:
-                    forget(Path(self.engine._cache.args["default_root_dir"]))
+                    with contextlib.suppress(OSError):
+                        forget(Path(self.engine._cache.args["default_root_dir"]))
                 raise
 
     configure_logger()
@@ -64,15 +66,19 @@ def anomalib(arguments: Sequence[str]) -> Any:
 
 
 def forget(version: Path) -> None:
-    """If a version folder has no checkpoint, lead ``latest`` to the one before; remove the folder if it has no file."""
-    if not re.fullmatch(r"v\d+", version.name) or any(version.rglob("*.ckpt")):
-        return
-    others = [path for path in version.parent.glob("v*") if re.fullmatch(r"v\d+", path.name) and path != version]
+    """Lead ``latest`` away from a version folder without a checkpoint, to the last with one; remove it if it is empty.
+
+    Where the system has no symbolic links, nothing changes.
+    """
     latest = version.with_name("latest")
-    if latest.is_symlink() and latest.resolve() == version.resolve():
-        latest.unlink()
-        if others:
-            latest.symlink_to(max(others, key=lambda path: int(path.name[1:])), target_is_directory=True)
+    is_ours = latest.is_symlink() and latest.resolve() == version.resolve()
+    if not is_ours or not re.fullmatch(r"v\d+", version.name) or any(version.rglob("*.ckpt")):
+        return
+    others = [path for path in version.parent.glob("v*") if re.fullmatch(r"v\d+", path.name)]
+    fitted = [path for path in others if any(path.rglob("*.ckpt"))]
+    latest.unlink()
+    if fitted:
+        latest.symlink_to(max(fitted, key=lambda path: int(path.name[1:])), target_is_directory=True)
     if not any(path.is_file() for path in version.rglob("*")):
         shutil.rmtree(version, ignore_errors=True)
 

@@ -1,15 +1,19 @@
 """What went wrong in a command, in a sentence for its user; a program's own faults keep their traceback."""
 
+import dis
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator
-from traceback import walk_tb
 
 DEBUG = "ANOMALIB_CSFLOW_DEBUG"
 """Environment variable: with any value, errors keep their traceback."""
+OF_USERS = (ArgumentError, ModuleNotFoundError, OSError, UnicodeDecodeError)
+"""Mostly about what a user gave, wherever they come from."""
 CHECKS = (ValueError, RuntimeError)
 """What code raises on purpose; others, such as KeyError, are faults of a program."""
-CHECKING = ("anomalib_csflow", "anomalib", "jsonargparse")
+FAULTS = (NotImplementedError, RecursionError)
+"""Those of them that are not."""
+CHECKING = ("anomalib_csflow", "anomalib", "jsonargparse", "lightning", "torch.utils.data")
 """Packages that check what a user gives them."""
 NOISE = re.compile(
     r"(Given value|Subtypes:|Does not validate|Errors:$|Parser key|Problem with|Expected a <class 'None)"
@@ -22,35 +26,44 @@ def sentence(error: BaseException) -> str | None:
     """What a user can do something about, in a sentence; None for a fault of a program.
 
     Args:
-        error: that ended a command.
+        error: that ended a command. If it was raised from another one, the first that is about the user's input counts.
     """
     for one in _chain(error):
         if isinstance(one, (ArgumentError, *CHECKS)) and re.search("Parser key|Subtypes:", str(one)):
             return _of_parser(str(one))
-    if any(_is_for_users(one) for one in _chain(error)):
-        return _own_line(next(str(one) for one in _chain(error) if _is_for_users(one)))
+        if _is_for_users(one):
+            return _own_line(str(one)) or type(one).__name__
     return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """An error, and those that it was raised from."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__
 
 
 def _is_for_users(error: BaseException) -> bool:
-    is_lightnings = type(error).__name__ == "MisconfigurationException"  # Lightning may not be installed
-    if is_lightnings or isinstance(error, (ArgumentError, ModuleNotFoundError, OSError)):
+    kind = type(error)
+    is_known = kind.__name__ == "MisconfigurationException" or kind.__module__.partition(".")[0] == "yaml"
+    if is_known or isinstance(error, OF_USERS):
         return True
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
-    return isinstance(error, CHECKS) and bool(modules) and modules[-1].partition(".")[0] in CHECKING
+    last = error.__traceback__
+    if last is None or not isinstance(error, CHECKS) or isinstance(error, FAULTS):
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    module = f"{last.tb_frame.f_globals.get('__name__', '')}."
+    # not by an operation that failed in the package's code, such as a sum of tensors whose shapes differ
+    is_raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raised and any(module.startswith(f"{name}.") for name in CHECKING)
 
 
 def _own_line(text: str) -> str:
     """An error's own words, without the traceback that a loader's worker puts before them."""
     if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
+        last = text.strip().splitlines()[-1]
+        text = last.partition(": ")[2] or last
     text = " ".join(text.removeprefix("None: ").split())
     return " ".join([text, *(f"({hint})" for said, hint in HINTS.items() if said in text)])
 

@@ -22,7 +22,7 @@ GUARDED = {
     "benchmark/run/timing.py": {"resource"},
     "jobs.py": {"os.kill"},
     "features/store.py": {"os.getuid"},
-    "runtime/watch.py": {"fcntl"},
+    "runtime/record.py": {"fcntl"},
     "features/trust.py": {"os.getuid"},
 }
 """What is used where ``os.name`` or ``sys.platform`` is looked at before."""

@@ -328,13 +328,28 @@ def test_refits_stop_where_the_fit_stopped(image_folder: Path, tmp_path: Path, r
     assert [trainer.global_step for trainer in refits] == [2, 4]  # two epochs, of 4 and 5 images in batches of four
 
 
+@pytest.mark.parametrize("epochs", [9, -1])
 def test_refits_take_as_many_steps_as_the_trainer_allowed(
-    image_folder: Path, tmp_path: Path, refits: list[Trainer]
+    epochs: int, image_folder: Path, tmp_path: Path, refits: list[Trainer]
 ) -> None:
     detector = CSFlow(**OVER_LAYERS, post_processor=processor())
-    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, max_epochs=9, max_steps=7)
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, max_epochs=epochs, max_steps=7)
     engine.fit(detector, datamodule=folder(image_folder))
     assert [trainer.global_step for trainer in refits] == [7, 7]
+    assert detector.post_processor.num_good == 12  # each of the nine once, and three held out
+    scores = [score for _, score, _ in detector._unseen]
+    assert len(scores) == len(set(scores)) == 9
+
+
+def test_refits_of_a_fit_that_was_stopped_use_all_images_of_their_folds(
+    image_folder: Path, tmp_path: Path, refits: list[Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    detector = CSFlow(**OVER_LAYERS, max_steps=5, post_processor=processor())
+    data = folder(image_folder, train_batch_size=2)
+    fit(detector, data, tmp_path, max_steps=1)
+    assert [trainer.global_step for trainer in refits] == [1, 1]
+    assert "images to train on" not in caplog.text
 
 
 @pytest.mark.parametrize(("rate", "is_said"), [(0.01, True), (0.5, False)])

@@ -334,7 +334,7 @@ def _killed(*_: object) -> None:
 def test_validate_says_that_a_runtime_was_killed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "_run", _killed)
     measured = validate(Bundle(made))
-    assert {one.error for one in measured} == {"its process was killed: is there enough memory?"}
+    assert {one.error for one in measured} == {"its process ended without a result: was it killed, for want of memory?"}
     assert not any(one.keeps(1) for one in measured if one.case.precision == "f32")
 
 
@@ -503,7 +503,12 @@ def test_another_image_under_the_same_name_is_judged_too(made: Path, image_folde
         assert Watch(Detector(made), folder, out, lambda _: None).run(once=True) == count
     scores = {line["score"] for line in record(out)}
     assert len(scores) == 2
-    assert {path.name for path in (out / "rejected").iterdir()} == {"current.png.png", "current.png_2.png"}
+    digest = sha256(folder / "current.png")[:8]
+    assert {path.name for path in (out / "rejected").iterdir()} == {"current.png.png", f"current.png_{digest}.png"}
+    os.utime(folder / "current.png", (7, 7))  # the same image, touched
+    assert Watch(Detector(made), folder, out, lambda _: None).run(once=True) == 0
+    assert Watch(Detector(made), folder, out, lambda _: None).run(once=True) == 0
+    assert len(record(out)) == 2
 
 
 def test_two_watches_do_not_share_a_record(made: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -531,44 +536,118 @@ def test_a_damaged_record_is_named(made: Path, image_folder: Path, tmp_path: Pat
 
 
 def test_a_record_that_cannot_be_written(made: Path, image_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "results.csv").mkdir()
-    arguments = ["watch", str(made), "--folder", str(image_folder / "test"), "--out", str(tmp_path), "--once"]
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    with pytest.raises(OSError, match=r"the record in .* cannot be written .*: make room or give access"):
-        Watch(Detector(made), image_folder / "test", tmp_path / "other", _block(tmp_path / "other")).run(once=True)
+    def block(_: str) -> None:
+        """After the first image."""
+        (tmp_path / "results.jsonl").rename(tmp_path / "kept.jsonl")
+        (tmp_path / "results.jsonl").mkdir()
+
+    with pytest.raises(OSError, match=r"the record in .* cannot be written .*: make room .* goes on with") as raised:
+        Watch(Detector(made), image_folder / "test", tmp_path, block).run(once=True)
+    next_one = str(raised.value).rpartition("goes on with ")[2]
+    (tmp_path / "results.jsonl").rmdir()
+    (tmp_path / "kept.jsonl").rename(tmp_path / "results.jsonl")
+    assert Watch(Detector(made), image_folder / "test", tmp_path, lambda _: None).run(once=True) == 7
+    assert [line["image"] for line in record(tmp_path)][1] == next_one
 
 
-def _block(out: Path) -> Callable[[str], None]:
-    """Make the record unwritable after the first image."""
-
-    def report(_: str) -> None:
-        (out / "results.csv").unlink()
-        (out / "results.csv").mkdir()
-
-    return report
-
-
-def test_an_image_that_is_moved_away_after_its_verdict(made: Path, image_folder: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "incoming", tmp_path / "out"
-    shutil.copytree(image_folder / "test", folder)
-    detector = Detector(made)
-
-    class Moving(Detector):
-        def __init__(self) -> None:
-            self.__dict__ = detector.__dict__
-
-        def __call__(self, image: object) -> object:
-            found = detector(image)  # type: ignore[arg-type]
-            Path(str(image)).unlink()
-            return found
-
+def test_a_table_that_cannot_be_written_stops_nothing(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").mkdir()  # as a spreadsheet that has it open
     said: list[str] = []
-    assert Watch(Moving(), folder, out, said.append).run(once=True) == 8
-    assert any("it is rejected, but there is no picture of it" in line for line in said)
-    assert len(record(out)) == 8
-    assert list((out / "rejected").iterdir()) == []
+    assert Watch(Detector(made), image_folder / "test", tmp_path, said.append).run(once=True) == 8
+    assert ["results.jsonl has all lines" in line for line in said].count(True) == 1
+    (tmp_path / "results.csv").rmdir()
+    Watch(Detector(made), image_folder / "test", tmp_path, said.append).run(once=True)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 9
+
+
+def test_a_disk_that_cannot_lock_is_said(
+    made: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\): choose an --out on a disk of this"):
+        Watch(Detector(made), image_folder / "test", tmp_path, print).run(once=True)
+
+
+class Meddling(Detector):
+    """A detector during whose work something happens to the image."""
+
+    def __init__(self, detector: Detector, meddle: Callable[[], None]) -> None:
+        self.__dict__ = {**detector.__dict__, "meddle": meddle}
+
+    def __call__(self, image: object) -> object:  # type: ignore[override]
+        """Meddle, then judge."""
+        self.__dict__["meddle"]()
+        return super().__call__(image)  # type: ignore[arg-type]
+
+
+def test_an_image_that_is_moved_away_after_it_was_read(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(sorted((image_folder / "test/blob").iterdir())[0], folder / "a.png")
+    detector = Meddling(Detector(made), (folder / "a.png").unlink)
+    assert Watch(detector, folder, out, lambda _: None).run(once=True) == 1
+    assert [line["label"] for line in record(out)] == [True]
+    assert (out / "rejected" / "a.png.png").is_file()
+
+
+def test_an_image_that_changes_while_it_is_read_is_judged_afterwards(
+    made: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anomalib_csflow.runtime import watch
+
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    folder.mkdir()
+    first, second = sorted((image_folder / "test/blob").iterdir())[:2]
+    shutil.copy(first, folder / "a.png")
+    digests = []
+
+    def changing(path: Path) -> str:
+        if not digests:
+            shutil.copy(second, path)
+            os.utime(path, (7, 7))
+        digests.append(sha256(path))
+        return digests[-1]
+
+    monkeypatch.setattr(watch, "sha256", changing)
+    once = Watch(Detector(made), folder, out, lambda _: None)
+    assert once.run(once=True) == 0
+    assert once.run(once=True) == 1
+    assert record(out)[0]["score"] == Detector(made)(second).score
+
+
+def test_names_that_no_disk_or_table_takes(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "incoming", tmp_path / "out"
+    deep = folder / ("a" * 120) / ("b" * 130)
+    deep.mkdir(parents=True)
+    image = sorted((image_folder / "test/blob").iterdir())[0]
+    shutil.copy(image, deep / "long.png")
+    try:
+        shutil.copy(image, os.fsencode(folder) + b"/caf\xe9.png")
+    except (OSError, UnicodeError):  # as on macOS
+        shutil.copy(image, folder / "other.png")
+    said: list[str] = []
+    assert Watch(Detector(made), folder, out, said.append).run(once=True) == 2
+    assert Watch(Detector(made), folder, out, said.append).run(once=True) == 0
+    assert "".join(said).encode()
+    assert len(list((out / "rejected").iterdir())) == 2
+
+
+def test_scores_in_another_precision_are_not_compared(made: Path, image_folder: Path, tmp_path: Path) -> None:
+    made = promising("marginal", made, tmp_path / "held out")
+    watch = Watch(Detector(made), image_folder / "test", tmp_path, lambda _: None)
+    watch.run(once=True)
+    assert watch._monitor is not None
+    assert watch._monitor.num_images == 8
+    detector = Detector(made)
+    detector.precision = "bf16"
+    watch = Watch(detector, image_folder / "test", tmp_path, lambda _: None)
+    assert watch.run(once=True) == 0
+    assert watch._monitor is None
 
 
 def test_an_empty_file_is_reported_and_a_pdf_is_no_image(made: Path, tmp_path: Path) -> None:

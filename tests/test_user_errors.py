@@ -2,10 +2,13 @@
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 
 from anomalib_csflow import cli, host_cli, user_errors
 from anomalib_csflow.engine.images import UnreadableImageError
@@ -45,6 +48,9 @@ def test_parser_errors_are_one_line_and_end_with_2(
         (["--data.root", "größe"], "größe/train/good (anomalib takes only ASCII characters in paths"),
         (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["-c", "none.yaml"], "config: File does not exist"),
+        (["--trainer.strategy", "foo"], "invalid strategy name"),
+        (["-c", "latin.yaml"], "utf-8"),
+        (["--data.train_batch_size", "0"], "batch_size should be a positive integer value"),
     ],
 )
 def test_errors_of_a_fit_are_one_line(
@@ -56,6 +62,7 @@ def test_errors_of_a_fit_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("model: größe".encode("latin-1"))
     shutil.copytree(image_folder / "train/good", tmp_path / "größe/train/good")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -63,7 +70,6 @@ def test_errors_of_a_fit_are_one_line(
         fit(image_folder, *options)
     code = stopped.value.code
     assert not list(tmp_path.rglob("latest"))
-    assert not list(tmp_path.rglob("v0"))
     line = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
     assert said in line
     assert "\n" not in line
@@ -74,18 +80,45 @@ def _fail(arguments: Any, error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), ZeroDivisionError("x")])
-def test_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(cli, "run", lambda arguments: _fail(arguments, error))
-    with pytest.raises(type(error)) as raised:
+def _add_shapes() -> None:
+    torch.zeros(2) + torch.zeros(3)
+
+
+def _count() -> None:
+    list(zip([1], [1, 2], strict=True))
+
+
+def _look_up() -> None:
+    try:
+        Path("/none").read_text()
+    except OSError:
+        {}["x"]
+
+
+def _refuse() -> None:
+    msg = "a part is missing"
+    raise NotImplementedError(msg)
+
+
+@pytest.mark.parametrize("fault", [_add_shapes, _count, _look_up, _refuse, lambda: 1 // 0])
+def test_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
+    """In this package's code too, and where they come up while a user's error is looked at."""
+    own = FunctionType(fault.__code__, {**fault.__globals__, "__name__": "anomalib_csflow.engine.images"})
+    monkeypatch.setattr(cli, "run", lambda arguments: own())
+    with pytest.raises(Exception, match=r".*") as raised:
         cli.main(["fit"])
-    assert raised.value is error
+    assert not isinstance(raised.value, SystemExit)
 
 
-def test_a_value_error_of_another_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_library_raises_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "run", lambda arguments: _fail(arguments, ValueError("raised in these tests")))
     with pytest.raises(ValueError, match="raised in these tests"):
         cli.main(["fit"])
+
+
+@pytest.mark.parametrize(("error", "said"), [(TimeoutError(), "TimeoutError"), (OSError("gone"), "gone")])
+def test_a_sentence_is_never_empty(error: Exception, said: str) -> None:
+    assert user_errors.sentence(error) == said
 
 
 def test_the_debug_variable_keeps_every_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,20 +143,29 @@ def test_a_parser_of_anomalib_raises_instead_of_exiting() -> None:
         host_cli.anomalib(["fit", "--model", "NoSuchDetector"])
 
 
-def test_a_refused_fit_leaves_latest_as_it_was(image_folder: Path, tmp_path: Path) -> None:
-    """Its empty version folder goes; one with a checkpoint, or with other files, stays."""
-    for name in ("v0", "v1", "v9", "v10"):
+def test_a_refused_fit_leaves_latest_at_the_last_checkpoint(tmp_path: Path) -> None:
+    """Whatever was refused since; an empty version folder goes, one with files stays."""
+    latest = tmp_path / "latest"
+    for name in ("v0", "v1", "v2", "v9", "v10"):
         (tmp_path / name).mkdir()
     (tmp_path / "v9" / "model.ckpt").touch()
-    (tmp_path / "v10" / "log.txt").touch()
-    latest = tmp_path / "latest"
-    latest.symlink_to(tmp_path / "v10")
-    host_cli.forget(tmp_path / "v10")
-    assert latest.resolve() == tmp_path / "v9"
+    (tmp_path / "v1" / "model.ckpt").touch()
+    for name in ("v10", "v11"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.yaml").touch()
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(tmp_path / name)
+        host_cli.forget(tmp_path / name)
+        assert latest.resolve() == tmp_path / "v9"
+        assert (tmp_path / name / "config.yaml").is_file()
     host_cli.forget(tmp_path / "v9")
-    assert latest.resolve() == tmp_path / "v9"
-    host_cli.forget(tmp_path / "v1")
-    assert latest.resolve() == tmp_path / "v9"
-    assert {path.name for path in tmp_path.iterdir()} == {"v0", "v9", "v10", "latest"}
+    host_cli.forget(tmp_path / "v2")  # not the latest
     host_cli.forget(tmp_path)
-    assert tmp_path.is_dir()
+    assert latest.resolve() == tmp_path / "v9"
+    assert (tmp_path / "v2").is_dir()
+    (tmp_path / "v12").mkdir()
+    latest.unlink()
+    latest.symlink_to(tmp_path / "v12")
+    host_cli.forget(tmp_path / "v12")
+    assert not (tmp_path / "v12").exists()
+    assert latest.resolve() == tmp_path / "v9"

@@ -95,7 +95,7 @@ def bundle(
         formats = [name for name in FORMATS if name in {*formats, "openvino"}]  # the 8-bit model is made from it
     good = good_images(reference) if "int8" in formats else []
     if reference is not None:
-        check_images(_reference_files(reference))
+        check_images(good or _reference_files(reference))
     detector = load_detector(checkpoint)
     if isinstance(detector.post_processor, PostProcessor) and not detector.post_processor.enable_normalization:
         msg = "a bundle needs calibrated scores: fit again without enable_normalization=False in the post-processor"

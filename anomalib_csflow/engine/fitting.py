@@ -44,6 +44,8 @@ class FlowFitting(LightningModule):
     compiled: CompiledFeatures | None = None
     _unseen: list[Seen]
     done: Progress | None = None
+    is_refit = False
+    """Whether it is fitted to score one fold; then the images have been drawn before."""
     _noise = 0.0
     _measured_step = -1
     _saved_step = -1

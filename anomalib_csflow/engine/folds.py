@@ -102,6 +102,7 @@ def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) ->
     refitted.pre_processor = detector.pre_processor  # which a region, or the images' aspect ratio, may have made
     refitted.model.features.load_state_dict(detector.model.features.state_dict())
     refitted.compiled = detector.compiled
+    refitted.is_refit = True
     cache = copy(detector.feature_cache)
     if cache is not None:
         cache.opened = None
@@ -121,7 +122,11 @@ def _refit(detector: "FlowDetector", data: _Fold, collector: CollectedScores) ->
         enable_model_summary=False,
         callbacks=[collector, *([cache] if cache is not None else [])],
     )
+    before = len(collector.images.seen)
     trainer.fit(refitted, datamodule=data)
+    if len(collector.images.seen) == before:  # a limit of the trainer ended it before its validation
+        trainer.validate(refitted, datamodule=data, verbose=False)
+    collector.images.keep_last()
 
 
 def _length(detector: "FlowDetector") -> tuple[dict[str, Any], int | None]:

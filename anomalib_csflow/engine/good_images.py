@@ -103,6 +103,10 @@ class GoodImages:
         images = zip(paths, score, maxima, defective, strict=True)
         self._seen += [(path, value, maximum) for path, value, maximum, is_defective in images if not is_defective]
 
+    def keep_last(self) -> None:
+        """Keep the last scores of each image, where images were validated several times."""
+        self._seen = [*{path: (path, score, maximum) for path, score, maximum in self._seen}.values()]
+
     def take(self, world_size: int = 1, counts: Callable[[str], bool] = lambda _: True) -> tuple[Tensor, Tensor | None]:
         """Return scores ``(n,)`` and maxima ``(n,)`` (None without maps) of all processes, and forget them.
 

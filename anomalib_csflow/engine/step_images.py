@@ -33,7 +33,7 @@ class StepImages(Callback):
         self._whole = {name: data for name in NAMES if (data := getattr(datamodule, name, None)) is not None}
         detector: Any = pl_module
         steps = detector.training_options.steps_to_draw_for
-        if not steps:
+        if not steps or detector.is_refit:
             return
         most = {"train_data": batches(trainer, steps) * datamodule.train_batch_size, "val_data": MOST_VALIDATED}
         for name, data in self._whole.items():

@@ -1,6 +1,7 @@
 """``python -m anomalib_csflow.runtime validate | watch``, where anomalib and torch are not installed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
         count = Watch(detector, parsed.folder, parsed.out, settle=parsed.settle).run(once=parsed.once)
         print(f"{count} images judged; the record is {parsed.out / 'results.jsonl'}")
     except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:  # OpenVINO raises RuntimeError
+        if os.environ.get("ANOMALIB_CSFLOW_DEBUG"):
+            raise
         print(error, file=sys.stderr)
         sys.exit(2)
 

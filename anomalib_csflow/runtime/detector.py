@@ -62,6 +62,7 @@ class Detector:
 
     Attributes:
         bundle: verified.
+        precision: of the runtime.
         promise: in a sentence, or None without a calibration.
 
     Raises:
@@ -78,6 +79,7 @@ class Detector:
         false_alarm_rate: float | None = None,
     ) -> None:
         self.bundle = path if isinstance(path, Bundle) else Bundle(path)
+        self.precision = precision
         self.engine = open_engine(self.bundle, runtime, precision, num_threads)
         self.score_scale, self.map_scale = self.bundle.scale("score"), self.bundle.scale("map")
         self.promise: str | None = self.bundle.manifest["calibration"]["sentence"]

@@ -114,7 +114,7 @@ def _in_process(bundle: Bundle, case: Case, images: Sequence[Path], threads: int
         try:
             return pool.submit(_run, bundle, case, images, threads).result()
         except BrokenProcessPool:
-            return Measured(case, error="its process was killed: is there enough memory?"), []
+            return Measured(case, error="its process ended without a result: was it killed, for want of memory?"), []
 
 
 def _run(bundle: Bundle, case: Case, images: Sequence[Path], threads: int | None) -> tuple[Measured, Outputs]:

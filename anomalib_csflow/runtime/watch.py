@@ -1,14 +1,7 @@
-"""Watch a folder: judge images as they arrive, write what was found, alarm when the line drifts.
+"""Watch a folder: judge images as they arrive, write what was found, alarm when the line drifts."""
 
-``results.jsonl`` is the record: one line per image, written to the disk before the next image is judged. What is in
-it is not judged again, so a watch that was killed goes on where it was; another file under the name of one is.
-"""
-
-import csv
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from anomalib_csflow.calibration import DriftMonitor
 
-from .bundle import DIGEST
-from .detector import SUFFIXES, Detector, ImageError, Result
+from .bundle import DIGEST, sha256
+from .detector import SUFFIXES, Detector, ImageError, Result, read
+from .record import Record, State
 
-RECORD = "results.jsonl"
-LOCK = "watch.lock"
 EMPTY = 10
 """A file that stays empty is reported after this many times the time for which others must not have changed."""
-State = tuple[int, int]
-"""Size of a file, and when it was changed, in nanoseconds."""
-COLUMNS = ("time", "image", "label", "score", "p_value", "boxes", "error")
+LONGEST_NAME = 150
+"""Of a picture, in characters; of a longer name, the end is kept."""
 RED = (220, 30, 30)
 
 
@@ -54,7 +46,6 @@ class Watch:
     report: Callable[[str], None] = print
     settle: float = 0.5
     alarm_rate: float = 0.01
-    _done: dict[str, State | None] = field(default_factory=dict)
     _seen: dict[Path, tuple[State | None, float]] = field(default_factory=dict)
     _monitor: DriftMonitor | None = None
     _is_alarmed: bool = False
@@ -69,6 +60,7 @@ class Watch:
         rejected.mkdir(parents=True, exist_ok=True)
         if rejected.resolve().is_relative_to(folder):
             self._own = self.folder / rejected.resolve().relative_to(folder)
+        self._record = Record(self.out, self._say)
 
     def run(self, *, once: bool = False) -> int:
         """Judge what is there, then what arrives, until SIGINT or SIGTERM; returns the number of images judged.
@@ -81,19 +73,18 @@ class Watch:
             ValueError: if the record of an earlier watch is damaged.
         """
         count = 0
-        with self._alone(), self._stopping():
-            self._resume()
+        with self._record.held() as lines, self._stopping():
+            self._resume(lines)
             while not self._stopped:
-                start = time.monotonic()
-                arrived = self._arrived(0 if once else self.settle)
-                for path, state in arrived:
-                    self._judge(path, state)
-                    count += 1
+                start, judged = time.monotonic(), 0
+                for path, state in self._arrived(0 if once else self.settle):
+                    judged += self._judge(path, state)
                     if self._stopped:
                         break
-                if once:
+                count += judged
+                if once and not judged:
                     break
-                if not arrived:  # a look at a large folder takes long, and rests as long
+                if not judged:  # a look at a large folder takes long, and rests as long
                     time.sleep(max(min(self.settle, 0.2), time.monotonic() - start))
         return count
 
@@ -101,18 +92,14 @@ class Watch:
         """Images that have not changed for so many seconds and are not in the record, the oldest first."""
         found = []
         for path in self._files():
-            try:
-                status = path.stat()
-            except OSError:  # it went away
-                continue
-            state = (status.st_size, status.st_mtime_ns)  # a copy may have its source's time from the start
-            if self._done.get(self._key(path), ()) in {state, None}:
+            state = _state(path)
+            if state is None or self._record.has(self._key(path), state):
                 continue
             seen, since = self._seen.get(path, (None, 0.0))
             if seen != state:
                 seen, since = state, time.monotonic()
                 self._seen[path] = (state, since)
-            if time.monotonic() - since >= (settle if status.st_size else EMPTY * settle):
+            if time.monotonic() - since >= (settle if state[0] else EMPTY * settle):
                 found.append((path, state))
         return sorted(found, key=lambda one: (one[1][1], one[0]))
 
@@ -126,93 +113,69 @@ class Watch:
                 if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
             )
 
-    def _judge(self, path: Path, state: State) -> None:
-        """Judge an image, draw it if it is rejected, and record it."""
-        line: dict[str, Any] = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
-        line |= {"image": self._key(path), "bytes": state[0], "mtime_ns": state[1], "bundle": self._bundle}
+    def _judge(self, path: Path, state: State) -> bool:
+        """Judge an image, draw it if it is rejected, and record it; returns whether it was another one, and whole."""
+        name = self._key(path)
+        line: dict[str, Any] = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "image": name}
+        line |= {"bytes": state[0], "mtime_ns": state[1]} | self._judge_key
+        result = None
         try:
-            result = self.detector(path)
-        except ImageError as error:
+            pixels = read(path)
+            line["sha256"] = sha256(path)
+            if _state(path) != state:  # it changed in the meantime: the next look takes it up
+                return False
+            if self._record.meets_again(name, state, line["sha256"]):
+                return False
+            result = self.detector(pixels[0])
+        except (ImageError, OSError) as error:
+            if _state(path) not in {state, None}:
+                return False
             line["error"] = str(error)
-            self._record(line)
-            self.report(f"{line['image']}: {error}")
-            return
-        boxes = [list(box) for box in result.boxes]
-        line |= {"label": result.label, "score": result.score, "p_value": result.p_value, "boxes": boxes}
-        if result.label:
-            self._draw(path, line["image"], result)
-        self._record(line)
+        if result is not None:
+            boxes = [list(box) for box in result.boxes]
+            line |= {"label": result.label, "score": result.score, "p_value": result.p_value, "boxes": boxes}
+            if result.label:
+                self._draw(pixels[0], line, result)
+        self._record.append(line)
+        self._seen.pop(path, None)
+        if result is None:
+            self._say(f"{name}: {line['error']}")
+            return True
         verdict = {True: "REJECT", False: "good", None: "score"}[result.label]
-        self.report(f"{line['image']}: {verdict} {result.score:.3f}")
+        self._say(f"{name}: {verdict} {result.score:.3f}")
         self._watch_drift(result.score)
+        return True
 
     @property
-    def _bundle(self) -> str:
-        """Which bundle judges: scores of different ones are not compared."""
-        return str(self.detector.bundle.manifest[DIGEST])
+    def _judge_key(self) -> dict[str, str]:
+        """What judges: scores of other bundles and precisions are not compared."""
+        return {"bundle": str(self.detector.bundle.manifest[DIGEST]), "precision": self.detector.precision}
 
-    def _draw(self, path: Path, name: str, result: Result) -> None:
-        """Draw a rejected image; the record does not wait for pictures that cannot be drawn."""
-        stem = self.out / "rejected" / name.replace("/", "__")
-        count = 1
-        target = Path(f"{stem}.png")
-        while target.exists():  # another image came under this name
-            count += 1
-            target = Path(f"{stem}_{count}.png")
+    def _draw(self, pixels: NDArray[np.uint8], line: dict[str, Any], result: Result) -> None:
+        """Draw a rejected image; the record does not wait for a picture that cannot be drawn."""
+        stem = line["image"].replace("/", "__")
+        if len(stem) > LONGEST_NAME or self._record.has_another(line["image"]):
+            stem = f"{stem[-LONGEST_NAME:]}_{line['sha256'][:8]}"
+        target = self.out / "rejected" / f"{stem}.png"
         try:
-            draw(path, result).save(target)
+            draw(pixels, result).save(target)
         except OSError as error:
-            target.unlink(missing_ok=True)
-            self.report(f"{name}: it is rejected, but there is no picture of it ({error})")
+            self._say(f"{line['image']}: it is rejected, but there is no picture of it ({error})")
 
-    def _record(self, line: dict[str, Any]) -> None:
-        try:
-            with (self.out / RECORD).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._write_csv([line], "a")
-        except OSError as error:
-            msg = (
-                f"the record in {self.out} cannot be written ({error.strerror}): make room or give access, and start "
-                f"the same watch again, which goes on with {line['image']}"
-            )
-            raise OSError(msg) from error
-        self._done[line["image"]] = (line["bytes"], line["mtime_ns"])
-        self._seen.pop(self.folder / line["image"], None)
-
-    def _write_csv(self, lines: list[dict[str, Any]], mode: str) -> None:
-        path = self.out / "results.csv"
-        is_new = mode == "w" or not path.exists()
-        with path.open(mode, newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(lines)
-
-    def _resume(self) -> None:
-        """Read the record of an earlier watch; a line that was cut off by a kill is judged again."""
-        path = self.out / RECORD
+    def _resume(self, lines: list[dict[str, Any]]) -> None:
+        """Go on after the lines of an earlier watch: what has drifted is still so."""
         self._monitor, self._is_alarmed = self._new_monitor(), False
-        if not path.exists():
-            return
-        whole, _, cut = path.read_bytes().rpartition(b"\n")
-        lines = [_parsed(line, number, path) for number, line in enumerate(whole.splitlines(), 1)]
-        if cut:
-            path.write_bytes(whole + b"\n" if whole else b"")
-        for line in lines:  # of earlier versions, lines have no state
-            self._done[line["image"]] = (line["bytes"], line["mtime_ns"]) if "bytes" in line else None
-        self._write_csv(lines, "w")
-        self.report(f"going on after {len(lines)} images of an earlier watch")
+        if lines:
+            self._say(f"going on after {len(lines)} images of an earlier watch")
         for line in lines:
-            if "score" in line and line.get("bundle") == self._bundle:
+            if "score" in line and self._judge_key.items() <= line.items():
                 self._watch_drift(line["score"])
 
     def _new_monitor(self) -> DriftMonitor | None:
         """A monitor that ranks scores among those of the good images, if the same model scored them."""
         scale = self.detector.score_scale
         promise = self.detector.bundle.manifest["calibration"]["promise"]
-        if scale is None or promise is None or promise["kind"] == "estimated":
+        if scale is None or promise is None or promise["kind"] == "estimated" or self.detector.precision != "f32":
             return None
         return DriftMonitor(scale.scale.calibrated(scale.good), self.alarm_rate)
 
@@ -221,38 +184,24 @@ class Watch:
         score = float(np.float32(score))
         if self._is_alarmed or self.detector.score_scale is None:
             return
-        if self._monitor is None:  # models of other folds scored the good images: rank among the line's own
+        if self._monitor is None:  # another model scored the good images: rank among the line's own
             self._monitor = DriftMonitor([score], self.alarm_rate)
             return
         state = self._monitor.update(score)
         if state.alarm:
             self._is_alarmed = True
-            self.report(
+            self._say(
                 f"DRIFT: scores have changed since about image {state.since} of {state.num_images} "
                 f"(an unchanged line ever says so with a probability of at most {self.alarm_rate:g}): check the "
                 "camera, the light and the parts, then calibrate again"
             )
 
+    def _say(self, text: str) -> None:
+        """Report, whatever characters a file's name has."""
+        self.report(text.encode("utf-8", "backslashreplace").decode())
+
     def _key(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold a lock that the system releases when this process ends, however it ends."""
-        with (self.out / LOCK).open("a") as file:
-            try:
-                if sys.platform == "win32":
-                    import msvcrt  # noqa: PLC0415 (of this system)
-
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl  # noqa: PLC0415
-
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                msg = f"another watch writes into {self.out}: stop it, or choose another --out"
-                raise OSError(msg) from error
-            yield
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -268,20 +217,18 @@ class Watch:
                 signal.signal(number, handler)
 
 
-def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
+def _state(path: Path) -> State | None:
+    """A file's state; None if it went away."""
     try:
-        found = json.loads(line)
-        if isinstance(found, dict) and isinstance(found.get("image"), str):
-            return found
-    except ValueError:
-        pass
-    msg = f"line {number} of {path} is damaged: delete it, and its image is judged again; or choose another --out"
-    raise ValueError(msg)
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns  # a copy may have its source's time from the start
 
 
-def draw(path: Path, result: Result) -> Image.Image:
-    """An image with the mask's outline tinted and a box around each defect."""
-    image = Image.open(path).convert("RGB")
+def draw(pixels: NDArray[np.uint8], result: Result) -> Image.Image:
+    """An image ``(H, W, 3)`` with the mask's outline tinted and a box around each defect."""
+    image = Image.fromarray(pixels)
     if result.mask is not None:
         mask = Image.fromarray(result.mask.astype(np.uint8) * 90).resize(image.size)
         image.paste(Image.new("RGB", image.size, RED), mask=mask)
