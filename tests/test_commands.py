@@ -42,7 +42,7 @@ def blocks() -> dict[str, str]:
         for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)):
             found[f"{page.relative_to(ROOT)} {number}"] = block
     for path in sorted(ROOT.glob("configs/*.yaml")):
-        lines = re.findall(r"^#   ((?:anomalib|pip|python) .*)$", path.read_text(), re.MULTILINE)
+        lines = re.findall(r"^#   ((?:anomalib(?:-csflow)?|pip|python) .*)$", path.read_text(), re.MULTILINE)
         found[f"configs/{path.name}"] = "\n".join(lines)
     return found
 

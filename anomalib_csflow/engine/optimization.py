@@ -41,7 +41,7 @@ noisy features. ``auto`` is ``(20 / n)^a`` for n training images, but at most 1,
 for the other detectors.
 """
 Steps = int | Literal["auto"]
-"""Number of batches to train for, whatever the number of images.
+"""Number of batches to train for, however many images there are, or ``auto``.
 
 ``auto`` is 240, or more if the images are so many that each would be seen less than 8 times. No more images are drawn
 than 240 batches hold, so with batches of 8, there is one step for each image from 240 to 1,920.

@@ -73,7 +73,7 @@ class CFlow(FlowDetector):
         gradient_clip_norm: limit of the gradient's norm, unless the trainer sets one; None for no limit.
         schedule: of the learning rate, see :data:`anomalib_csflow.engine.optimization.Schedule`.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
-        max_steps: number of batches to train for, as one epoch, whatever the number of images; or ``auto``, see
+        max_steps: number of batches to train for, as one epoch, or ``auto``, see
             :data:`anomalib_csflow.engine.optimization.Steps`.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         region: file of a black and white image, as large as the images are or smaller: only what is white in it is

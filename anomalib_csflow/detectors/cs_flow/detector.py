@@ -206,7 +206,7 @@ class CSFlow(FlowDetector):
         recompute: recompute activations in the backward pass instead of keeping them: memory hardly grows with
             num_blocks, and a step takes about a third longer.
         max_epochs: overrides the trainer's, if given; for ``anomalib benchmark``, which cannot set it otherwise.
-        max_steps: number of batches to train for, as one epoch, whatever the number of images; or ``auto``, see
+        max_steps: number of batches to train for, as one epoch, or ``auto``, see
             :data:`anomalib_csflow.engine.optimization.Steps`.
         noise: Gaussian noise on the training features, see :data:`anomalib_csflow.engine.optimization.Noise`.
         layers: names of the backbone's layers whose maps are used, from fine to coarse.
