@@ -50,7 +50,7 @@ def test_parser_errors_are_one_line_and_end_with_2(
         (["-c", "none.yaml"], "config: File does not exist"),
         (["--trainer.strategy", "foo"], "invalid strategy name"),
         (["-c", "latin.yaml"], "utf-8"),
-        (["--data.train_batch_size", "0"], "batch_size should be a positive integer value"),
+        (["--data.train_batch_size", "0"], "train_batch_size must be 1 or more, got 0"),
     ],
 )
 def test_errors_of_a_fit_are_one_line(

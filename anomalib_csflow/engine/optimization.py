@@ -96,7 +96,7 @@ class TrainingOptions:
         """
         if self.max_steps != "auto":
             return self.max_steps or 0
-        return max(LEAST_STEPS, math.ceil(LEAST_VIEWS * num_images / max(step_size, 1)))
+        return max(LEAST_STEPS, math.ceil(LEAST_VIEWS * num_images / step_size))
 
     @property
     def steps_to_draw_for(self) -> int:

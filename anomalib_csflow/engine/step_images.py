@@ -26,11 +26,19 @@ class StepImages(Callback):
         self._whole: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Draw the images, before the feature cache takes over the data sets."""
+        """Draw the images, before the feature cache takes over the data sets.
+
+        Raises:
+            ValueError: if there are no images in a batch.
+        """
         datamodule: Any = getattr(trainer, "datamodule", None)
         if stage != "fit" or datamodule is None:
             return
         self._whole = {name: data for name in NAMES if (data := getattr(datamodule, name, None)) is not None}
+        size = getattr(datamodule, "train_batch_size", 1)
+        if size < 1:
+            msg = f"train_batch_size must be 1 or more, got {size}"
+            raise ValueError(msg)
         detector: Any = pl_module
         steps = detector.training_options.steps_to_draw_for
         if not steps or detector.is_refit:
