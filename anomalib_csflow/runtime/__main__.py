@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from anomalib_csflow.user_errors import DEBUG
+
 from .bundle import Bundle
 from .detector import Detector
 from .engines import PACKAGES, Precision
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m anoma
         count = Watch(detector, parsed.folder, parsed.out, settle=parsed.settle).run(once=parsed.once)
         print(f"{count} images judged; the record is {parsed.out / 'results.jsonl'}")
     except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:  # OpenVINO raises RuntimeError
-        if os.environ.get("ANOMALIB_CSFLOW_DEBUG"):
+        if os.environ.get(DEBUG):
             raise
         print(error, file=sys.stderr)
         sys.exit(2)
