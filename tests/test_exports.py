@@ -101,6 +101,25 @@ def test_openvino_of_a_model_without_a_pre_processor_in_strips(
         torch.testing.assert_close(torch.from_numpy(outputs[name]), getattr(expected, name), atol=1e-3, rtol=1e-3)
 
 
+def test_exporter_sees_no_in_place_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take half as long again; what the engine computes with afterwards is as before."""
+    detector = untrained()
+    in_place = [module for module in detector.modules() if getattr(module, "inplace", False)]
+    seen = []
+
+    def export(model: FlowDetector, **_: Any) -> None:
+        seen.extend(getattr(module, "inplace", False) for module in model.modules())
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(OSError, match="full"):
+        detector.to_onnx(tmp_path)
+    assert in_place
+    assert seen
+    assert not any(seen)
+    assert all(module.inplace for module in in_place)
+
+
 def test_load_from_checkpoint(trained: tuple[FlowDetector, Path]) -> None:
     detector, path = trained
     loaded = type(detector).load_from_checkpoint(path).eval()

@@ -44,7 +44,7 @@ class FlowExports(ExportMixin, LightningModule):
         kwargs.setdefault("opset_version", 18)
         kwargs.setdefault("verbose", False)  # otherwise the exporter prints every step
         export = super().to_onnx
-        with self._without_unknown_ranges():
+        with self._without_unknown_ranges(), self._without_in_place_changes():
             return whole_export(Path(export_root), lambda root: export(root, model_file_name, input_size, **kwargs))
 
     def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
@@ -87,6 +87,18 @@ class FlowExports(ExportMixin, LightningModule):
             yield
         finally:
             post_processor.enable_normalization = True
+
+    @contextmanager
+    def _without_in_place_changes(self) -> Iterator[None]:
+        """Let activations write to new memory: torch's exporter takes half as long again to write in-place ones."""
+        changing = [module for module in self.modules() if getattr(module, "inplace", False)]
+        for module in changing:
+            module.inplace = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in changing:
+                module.inplace = True  # type: ignore[assignment]
 
     @staticmethod
     def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
