@@ -47,6 +47,15 @@ def test_crops_are_the_same_square_in_all_levels(size: tuple[int, int]) -> None:
         torch.testing.assert_close(crop[:, :, -1, -1], starts + 16 - ratio)
 
 
+def test_edges_are_seen_about_as_often_as_the_middle() -> None:
+    torch.manual_seed(0)
+    rows = torch.arange(20).view(1, 1, 20, 1).expand(4000, 1, 20, 20)
+    (crops,) = random_crops((rows.float(),), 40, [8])
+    seen = crops[:, 0, :, 0].long().flatten().bincount(minlength=20) / 4000
+    assert seen[0] == pytest.approx(5 / 24, abs=0.03)  # as the rows in the middle; 1 / 16 if places were drawn evenly
+    assert seen.min() > 0.5 * seen.max()
+
+
 def test_small_images_are_taken_whole() -> None:
     pyramid = (torch.rand(2, 3, 9, 12), torch.rand(2, 3, 5, 6))
     assert random_crops(pyramid, 256, [8, 16]) == pyramid

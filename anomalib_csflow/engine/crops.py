@@ -10,6 +10,9 @@ from anomalib_csflow.flows.pyramid import Pyramid
 def random_crops(pyramid: Pyramid, side: int, strides: Sequence[int]) -> Pyramid:
     """A random square of each sample, at the same place in all levels; it begins at a position of the coarsest level.
 
+    Squares that would reach beyond the image are moved inside, so that a fit sees the image's edges about as often as
+    its middle. With places drawn evenly, it would hardly see its corners, and find them unusual.
+
     Args:
         pyramid: maps ``(N, C_i, H_i, W_i)``, finest first.
         side: height and width of the square in pixels of the image; a side of the image that is shorter is not cropped.
@@ -31,7 +34,7 @@ def random_crops(pyramid: Pyramid, side: int, strides: Sequence[int]) -> Pyramid
         return pyramid
     crops: list[Pyramid] = []
     for sample in zip(*pyramid, strict=True):
-        top, left = (int(torch.randint(max(number - cells, 0) + 1, ())) for number in whole)
+        top, left = (max(0, min(int(torch.randint(1 - cells, number, ())), number - cells)) for number in whole)
         rows, columns = (cells if number > cells else None for number in whole)
         crops.append(
             tuple(
