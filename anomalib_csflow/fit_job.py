@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from filelock import FileLock
 from .engine.whole_files import whole_file
 from .host_cli import anomalib
 from .runtime.bundle import sha256
-from .runtime.detector import SUFFIXES
+from .runtime.detector import images_in
 from .user_errors import sentence
 
 GOOD = ("train/good", "good", ".")
@@ -60,7 +60,7 @@ def good_images(part: Path) -> tuple[Path, list[Path]]:
     """
     for name in GOOD:
         folder = part / name
-        files = sorted(_images(folder)) if folder.is_dir() else []
+        files = sorted(images_in(folder)) if folder.is_dir() else []
         if files and name == "." and any(file.parent != folder for file in files):
             msg = f"it is not clear which images of {part} are good: put these into a folder {part / 'good'}"
             raise ValueError(msg)
@@ -68,11 +68,6 @@ def good_images(part: Path) -> tuple[Path, list[Path]]:
             return folder, files
     msg = f"there are no images in {part}, {part / 'good'} or {part / 'train/good'}"
     raise ValueError(msg)
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for path, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(path) / name for name in names if Path(name).suffix.lower() in SUFFIXES)
 
 
 def prepare(fit: Fit, part: Path, recipe: dict[str, Any], options: Sequence[str]) -> str:

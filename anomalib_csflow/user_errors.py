@@ -9,7 +9,7 @@ DEBUG = "ANOMALIB_CSFLOW_DEBUG"
 """Environment variable: with any value, errors keep their traceback."""
 OF_USERS = (ArgumentError, ModuleNotFoundError, OSError, UnicodeDecodeError)
 """Mostly about what a user gave, wherever they come from."""
-CHECKS = (ValueError, RuntimeError)
+CHECKS = (ValueError, TypeError, RuntimeError)
 """What code raises on purpose; others, such as KeyError, are faults of a program."""
 FAULTS = (NotImplementedError, RecursionError)
 """Those of them that are not."""
@@ -18,7 +18,12 @@ CHECKING = ("anomalib_csflow", "anomalib", "jsonargparse", "lightning", "torch.u
 NOISE = re.compile(
     r"(Given value|Subtypes:|Does not validate|Errors:$|Parser key|Problem with|Expected a <class 'None)"
 )
-HINTS = {"contains non-printable characters": "anomalib takes only ASCII characters in paths, no ü or é: rename it"}
+NO_MEMORY = ("can't allocate memory", "out of memory")
+"""What torch says of it, in operations of a CPU and of a GPU."""
+HINTS = {
+    "contains non-printable characters": "anomalib takes only ASCII characters in paths, no ü or é: rename it",
+    **dict.fromkeys(NO_MEMORY, "lower data.train_batch_size and data.eval_batch_size, or image_size"),
+}
 """What to do about other packages' errors that do not say it."""
 
 
@@ -46,7 +51,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_for_users(error: BaseException) -> bool:
     kind = type(error)
     is_known = kind.__name__ == "MisconfigurationException" or kind.__module__.partition(".")[0] == "yaml"
-    if is_known or isinstance(error, OF_USERS):
+    is_memory = isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
+    if is_known or is_memory or isinstance(error, OF_USERS):
         return True
     last = error.__traceback__
     if last is None or not isinstance(error, CHECKS) or isinstance(error, FAULTS):

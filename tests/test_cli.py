@@ -1,5 +1,6 @@
 """The commands that users type, with the dotted model path and with each recipe."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -199,6 +200,14 @@ def test_the_unchanged_anomalib_command(image_folder: Path, tmp_path: Path) -> N
     subprocess.run(command, cwd=tmp_path, check=True)
     state = torch.load(checkpoint(tmp_path / "results" / "CSFlow"), weights_only=True)
     assert state["epoch"] == 1  # written once more when the epoch was over, with thresholds
+
+
+def test_help_lists_own_commands_and_anomalibs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    for command in (*cli.COMMANDS, "fit", "predict"):
+        assert re.search(rf"^\W*{command}  +\w", said, re.MULTILINE), command
 
 
 @pytest.mark.parametrize("names", [[], ["--help"]])

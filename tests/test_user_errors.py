@@ -49,6 +49,7 @@ def test_parser_errors_are_one_line_and_end_with_2(
         (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),
         (["-c", "none.yaml"], "config: File does not exist"),
         (["--trainer.strategy", "foo"], "invalid strategy name"),
+        (["--trainer.devices", "x"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
         (["-c", "latin.yaml"], "utf-8"),
         (["--data.train_batch_size", "0"], "train_batch_size must be 1 or more, got 0"),
     ],
@@ -84,6 +85,10 @@ def _add_shapes() -> None:
     torch.zeros(2) + torch.zeros(3)
 
 
+def _call() -> None:
+    Path("/none").read_text(nothing=3)  # type: ignore[call-arg]
+
+
 def _count() -> None:
     list(zip([1], [1, 2], strict=True))
 
@@ -100,7 +105,7 @@ def _refuse() -> None:
     raise NotImplementedError(msg)
 
 
-@pytest.mark.parametrize("fault", [_add_shapes, _count, _look_up, _refuse, lambda: 1 // 0])
+@pytest.mark.parametrize("fault", [_add_shapes, _call, _count, _look_up, _refuse, lambda: 1 // 0])
 def test_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
     """In this package's code too, and where they come up while a user's error is looked at."""
     own = FunctionType(fault.__code__, {**fault.__globals__, "__name__": "anomalib_csflow.engine.images"})
@@ -169,3 +174,9 @@ def test_a_refused_fit_leaves_latest_at_the_last_checkpoint(tmp_path: Path) -> N
     host_cli.forget(tmp_path / "v12")
     assert not (tmp_path / "v12").exists()
     assert latest.resolve() == tmp_path / "v9"
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "run", lambda arguments: torch.empty(2**60))
+    with pytest.raises(SystemExit, match=r"can't allocate memory: .* \(lower data.train_batch_size"):
+        cli.main(["fit"])

@@ -1,5 +1,6 @@
 """A bundle's detector: an image to its verdict."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,18 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 """Of image files: those that anomalib reads."""
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 """Pillow's modes of more than 8 bits, which ``convert`` and anomalib's reader clip at 255."""
+
+
+def images_in(folder: Path, without: Path | None = None) -> Iterator[Path]:
+    """Files with an image's suffix in a folder and its subfolders; links to folders are not followed, as in anomalib.
+
+    Args:
+        folder: where to look.
+        without: one of its subfolders, where not to.
+    """
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(path, name) != without]
+        yield from (Path(path, name) for name in names if Path(name).suffix.lower() in SUFFIXES)
 
 
 class ImageError(ValueError):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, BundleError
-from .detector import SUFFIXES, Detector
+from .detector import Detector, images_in
 from .engines import Precision, Runtime, installed
 
 WARM_UP = 3
@@ -179,7 +179,7 @@ def find_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         msg = f"there is no folder {folder}"
         raise FileNotFoundError(msg)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in images_in(folder) if path.is_file())
     if not found:
         msg = f"there is no image in {folder}"
         raise FileNotFoundError(msg)

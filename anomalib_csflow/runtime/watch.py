@@ -1,6 +1,5 @@
 """Watch a folder: judge images as they arrive, write what was found, alarm when the line drifts."""
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 from anomalib_csflow.calibration import DriftMonitor
 
 from .bundle import DIGEST, sha256
-from .detector import SUFFIXES, Detector, ImageError, Result, read
+from .detector import Detector, ImageError, Result, images_in, read
 from .record import Record, State
 
 EMPTY = 10
@@ -104,14 +103,8 @@ class Watch:
         return sorted(found, key=lambda one: (one[1][1], one[0]))
 
     def _files(self) -> Iterator[Path]:
-        """All images in the folder, except the pictures that are drawn here."""
-        for folder, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if Path(folder, name) != self._own]
-            yield from (
-                Path(folder, name)
-                for name in names
-                if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-            )
+        """All images in the folder, except hidden ones and the pictures that are drawn here."""
+        return (path for path in images_in(self.folder, self._own) if not path.name.startswith("."))
 
     def _judge(self, path: Path, state: State) -> bool:
         """Judge an image, draw it if it is rejected, and record it; returns whether it was another one, and whole."""
