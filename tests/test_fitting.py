@@ -95,9 +95,8 @@ def test_auto_takes_more_steps_for_many_images(
 
 
 def test_auto_is_240_or_one_step_for_each_of_up_to_1920_images() -> None:
-    options = TrainingOptions(1e-3, "constant", max_steps="auto")
-    assert options.steps_to_draw_for * 8 == 1920
-    assert [options.steps_for(count, 8) for count in (20, 240, 761, 1920)] == [240, 240, 761, 1920]
+    assert optimization.steps_to_draw_for("auto") * 8 == 1920
+    assert [optimization.steps_for("auto", count, 8) for count in (20, 240, 761, 1920)] == [240, 240, 761, 1920]
 
 
 @pytest.mark.parametrize("max_steps", [3, 100])

@@ -22,7 +22,7 @@ from .compiled import CompiledFeatures
 from .folds import LEAST_IMAGES, out_of_fold
 from .good_images import Seen
 from .model import FlowModel
-from .optimization import TrainingOptions
+from .optimization import TrainingOptions, steps_for
 from .post_processing import ConformalPostProcessor
 from .providers import CachedSet, FeatureProvider, RepeatedSet
 from .resuming import Progress
@@ -60,10 +60,10 @@ class FlowFitting(LightningModule):
     def repeat_training_set(self) -> None:
         """Make an epoch of ``max_steps`` batches, if the option is set."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        options = self.training_options
-        if options.max_steps and datamodule is not None:
+        max_steps = self.training_options.max_steps
+        if max_steps and datamodule is not None:
             step_size = batches(self.trainer, 1) * datamodule.train_batch_size
-            steps = options.steps_for(len(datamodule.train_data), step_size)
+            steps = steps_for(max_steps, len(datamodule.train_data), step_size)
             repeated = RepeatedSet(datamodule.train_data, steps, step_size)
             datamodule.train_data = repeated  # anomalib's datamodules read it whenever they make a loader
 

@@ -87,27 +87,29 @@ class TrainingOptions:
             msg = f"noise must be 'auto' or a standard deviation of 0 or more, got {self.noise!r}"
             raise ValueError(msg)
 
-    def steps_for(self, num_images: int, step_size: int) -> int:
-        """Number of steps of a fit by ``max_steps``.
-
-        Args:
-            num_images: to train on.
-            step_size: number of samples in a step, of all processes together.
-        """
-        if self.max_steps != "auto":
-            return self.max_steps or 0
-        return max(LEAST_STEPS, math.ceil(LEAST_VIEWS * num_images / step_size))
-
-    @property
-    def steps_to_draw_for(self) -> int:
-        """Number of steps whose batches should hold all images that are drawn to train on; 0 for all images."""
-        return LEAST_STEPS if self.max_steps == "auto" else self.max_steps or 0
-
     def noise_for(self, num_images: int) -> float:
         """Standard deviation of the noise for this number of training images, see :data:`Noise`."""
         if self.noise != "auto":
             return float(self.noise)
         return min(1.0, (20 / max(num_images, 1)) ** self.noise_exponent)
+
+
+def steps_for(max_steps: Steps | None, num_images: int, step_size: int) -> int:
+    """Number of steps of a fit by ``max_steps``; 0 without it.
+
+    Args:
+        max_steps: the detector's argument.
+        num_images: to train on.
+        step_size: number of samples in a step, of all processes together.
+    """
+    if max_steps != "auto":
+        return max_steps or 0
+    return max(LEAST_STEPS, math.ceil(LEAST_VIEWS * num_images / step_size))
+
+
+def steps_to_draw_for(max_steps: Steps | None) -> int:
+    """Number of steps whose batches should hold all images that are drawn to train on; 0 for all images."""
+    return LEAST_STEPS if max_steps == "auto" else max_steps or 0
 
 
 def warmup_cosine(progress: float) -> float:

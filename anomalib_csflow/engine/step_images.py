@@ -8,6 +8,8 @@ from anomalib.data import AnomalibDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from .optimization import steps_to_draw_for
+
 NAMES = {"train_data": "train", "val_data": "validate"}
 MOST_VALIDATED = 10_000
 """Largest number of images to validate on: enough for a false-alarm rate of 1 in 10,000."""
@@ -40,7 +42,7 @@ class StepImages(Callback):
             msg = f"train_batch_size must be 1 or more, got {size}"
             raise ValueError(msg)
         detector: Any = pl_module
-        steps = detector.training_options.steps_to_draw_for
+        steps = steps_to_draw_for(detector.training_options.max_steps)
         if not steps or detector.is_refit:
             return
         most = {"train_data": batches(trainer, steps) * datamodule.train_batch_size, "val_data": MOST_VALIDATED}

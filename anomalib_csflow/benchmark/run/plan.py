@@ -16,7 +16,7 @@ from anomalib.data import AnomalibDataModule
 
 import anomalib_csflow
 from anomalib_csflow.benchmark.rows import write_json
-from anomalib_csflow.engine.optimization import Steps, TrainingOptions
+from anomalib_csflow.engine.optimization import Steps, steps_for, steps_to_draw_for
 
 MAX_NAME = 80  # bytes; the name of a run's folder has two names, a seed and a digest, and at most 255 bytes
 SHARED = ("backbone", "weights", "image_size", "antialias")
@@ -61,9 +61,8 @@ class Detector:
         """Number of images that a fit processes, with repetitions, for a training set of the given size."""
         own: Steps | None = self.init_args.get("max_steps")
         if own:  # one epoch of whole batches, however many images there are
-            options = TrainingOptions(0.0, "constant", max_steps=own)
-            drawn = min(images, options.steps_to_draw_for * self.train_batch_size)
-            return options.steps_for(drawn, self.train_batch_size) * self.train_batch_size
+            drawn = min(images, steps_to_draw_for(own) * self.train_batch_size)
+            return steps_for(own, drawn, self.train_batch_size) * self.train_batch_size
         passed = [images * self.epochs] if self.epochs else []
         passed += [min(images, self.train_batch_size) * self.steps] if self.steps else []
         return min(passed, default=images)
