@@ -28,6 +28,7 @@ from training import CONFIGS, THEIR_SIZE, images, their_csflow
 
 from anomalib_csflow.benchmark.run import config
 from anomalib_csflow.benchmark.run.baselines import patchcore
+from anomalib_csflow.runtime.precision import read_model
 
 PATCHCORE = {"PatchCore, stride 16": ("blocks.4",), "PatchCore, strides 8 + 16": ("blocks.2", "blocks.4")}
 TINY = {"backbone": "tf_efficientnet_lite0", "image_size": 128, "hidden_channels": 8}
@@ -46,7 +47,7 @@ def compiled(path: Path, size: int, arguments: argparse.Namespace, precision: st
     }
     start = time.perf_counter()
     core = openvino.Core()
-    model = core.read_model(path)
+    model = read_model(core, path, precision)
     model.reshape([1, 3, size, size])
     request = core.compile_model(model, "CPU", hints).create_infer_request()
     return request, time.perf_counter() - start

@@ -21,6 +21,8 @@ ONE = """
 import json, sys, time
 from statistics import median
 import numpy as np
+from pathlib import Path
+from anomalib_csflow.runtime.precision import read_model
 from anomalib_csflow.runtime.validate import peak_mb
 what, path, side, threads, repeats = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
 if what == "torch":
@@ -34,7 +36,7 @@ else:
     import openvino
     settings = {"INFERENCE_PRECISION_HINT": what, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
-    model = core.read_model(path)
+    model = read_model(core, Path(path), what)
     model.reshape([1, 3, side, side])
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     run = lambda image: request.infer({0: image}, share_inputs=True)

@@ -19,6 +19,7 @@ from anomalib_csflow.engine.quantization import float_operations
 from anomalib_csflow.features import strips
 from anomalib_csflow.runtime.bundle import BundleError
 from anomalib_csflow.runtime.engines import check_size
+from anomalib_csflow.runtime.precision import read_model
 
 SIZE = (64, 96)
 VARIANTS = DETECTORS | {
@@ -99,6 +100,25 @@ def test_openvino_of_a_model_without_a_pre_processor_in_strips(
         expected = detector(images)
     for name in ("pred_score", "anomaly_map"):
         torch.testing.assert_close(torch.from_numpy(outputs[name]), getattr(expected, name), atol=1e-3, rtol=1e-3)
+
+
+def test_openvino_computes_in_float32_even_where_it_would_take_bfloat16(tmp_path: Path) -> None:
+    path = untrained(image_score="score_test").to_openvino(tmp_path)
+    core = openvino.Core()
+    image = torch.rand(1, 3, *SIZE).numpy()
+
+    def scores(model: Any, precision: str) -> torch.Tensor:
+        outputs = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(image)
+        return torch.from_numpy(outputs["anomaly_map"])
+
+    expected = scores(path, "f32")
+    openvino.save_model(core.read_model(path), tmp_path / "again.xml", compress_to_fp16=False)
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for written in (path, tmp_path / "again.xml"):
+        lost = (scores(read_model(core, written, "bf16"), "bf16") - expected).abs().mean()
+        kept = (scores(written, "bf16") - expected).abs().mean()
+        assert (lost > 0) == has_bfloat16
+        assert kept <= lost / 4  # OpenVINO still resizes images and maps in bfloat16
 
 
 def test_exporter_sees_no_in_place_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_csflow.runtime.precision import keep_float32
+
 from .images import ImageOptions
 from .quantization import CALIBRATION_IMAGES, quantized
 from .whole_files import whole_export
@@ -48,9 +50,15 @@ class FlowExports(ExportMixin, LightningModule):
             return whole_export(Path(export_root), lambda root: export(root, model_file_name, input_size, **kwargs))
 
     def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
-        """Export to OpenVINO; see ``AnomalibModule.to_openvino``."""
+        """Export to OpenVINO, for float32 on all processors; see ``AnomalibModule.to_openvino``."""
         export = super().to_openvino
-        return whole_export(Path(export_root), lambda root: export(root, *args, **kwargs))
+
+        def write(root: Path) -> Path:
+            path = export(root, *args, **kwargs)
+            keep_float32(path)
+            return path
+
+        return whole_export(Path(export_root), write)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export the whole module; see ``AnomalibModule.to_torch``.

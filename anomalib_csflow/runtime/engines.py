@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, BundleError
+from .precision import read_model
 
 Runtime = Literal["openvino", "onnx"]
 Precision = Literal["f32", "bf16", "int8"]
@@ -39,6 +40,7 @@ class OpenVinoEngine:
     def __init__(self, bundle: Bundle, precision: Precision = "f32", num_threads: int | None = None) -> None:
         import openvino  # noqa: PLC0415 (optional)
 
+        self.precision = precision
         self.settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
         if num_threads is not None:
             self.settings["INFERENCE_NUM_THREADS"] = num_threads
@@ -79,7 +81,7 @@ class OpenVinoEngine:
             key = (None, hint)
         if key not in self._compiled:
             try:
-                model = self.core.read_model(self.path)
+                model = read_model(self.core, self.path, self.precision)
                 check_size(model, *shape[1:3])
                 model = self._of_bytes(model)
                 if key[0] is not None:

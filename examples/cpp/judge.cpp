@@ -86,7 +86,7 @@ int main(int argc, char** argv) {
     }
     try {
         ov::Core core;
-        // f32 gives the detector's own scores; without it, OpenVINO computes in bfloat16 where the processor can
+        // f32 gives exactly the detector's own scores; without it, OpenVINO resizes in bfloat16 where the processor can
         auto model = core.compile_model(argv[1], "CPU", ov::hint::inference_precision(ov::element::f32),
                                         ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY));
         auto request = model.create_infer_request();
