@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from .host_cli import anomalib, silence_logs, silence_warnings
@@ -134,18 +135,11 @@ def fit_all(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-def validate(arguments: Sequence[str]) -> None:
-    """Compare a bundle's runtimes."""
+def runtime(command: str, arguments: Sequence[str]) -> None:
+    """Run a command of what runs on the line."""
     from anomalib_csflow.runtime.__main__ import main
 
-    main(["validate", *arguments], "anomalib-csflow")
-
-
-def watch(arguments: Sequence[str]) -> None:
-    """Judge the images that arrive in a folder."""
-    from anomalib_csflow.runtime.__main__ import main
-
-    main(["watch", *arguments], "anomalib-csflow")
+    main([command, *arguments], "anomalib-csflow")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -154,8 +148,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "fit-all": (fit_all, "fits a recipe to each part in a folder"),
     "calibrate": (calibrate, "sets a checkpoint's thresholds from new good images"),
     "bundle": (bundle, "makes of a checkpoint what a production line needs"),
-    "validate": (validate, "compares the runtimes of a BUNDLE with the detector"),
-    "watch": (watch, "judges the images that arrive in a folder with a BUNDLE"),
+    "validate": (partial(runtime, "validate"), "compares the runtimes of a BUNDLE with the detector"),
+    "watch": (partial(runtime, "watch"), "judges the images that arrive in a folder with a BUNDLE"),
 }
 """This package's own: what runs each, and what it does."""
 
