@@ -105,7 +105,7 @@ def test_eight_fits_killed_at_random_end_as_if_nothing_had_been(recipe: Path, tm
     options = ("--seeds", "0", "1", "--jobs", "2")
     assert subprocess.run(command(recipe, root, tmp_path / "whole", *options), check=False).returncode == 0
     broken = command(recipe, root, tmp_path / "killed", *options)
-    assert end_killed_at_random(broken, tmp_path / "killed" / "jobs", np.random.default_rng(0), 40) > 0
+    assert end_killed_at_random(broken, tmp_path / "killed" / "jobs", np.random.default_rng(0), 20) > 1
     whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert len(whole) == 8
     assert whole.keys() == killed.keys()
